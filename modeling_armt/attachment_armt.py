@@ -1,0 +1,186 @@
+"""
+How memories are attached to a backbone: hooks on its decoder layers, which read before a layer and write after it.
+
+The backbone stays as it is: same class, same parameter names, same forward. The hooks hold nothing but the index of
+their layer. What they work on, a [`SegmentPass`], lives in a ContextVar for the time of one pass of one segment: two
+threads never meet, a copied model has no ties to the original, and without a pass the hooks do nothing. (A keyword
+argument would do too, if all decoders handed theirs on to their layers: gpt_neo, gptj, falcon, mpt and bloom do not.)
+"""
+
+import functools
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from .memory_armt import AssociativeMemory, MemoryState
+
+
+_current_pass: ContextVar["SegmentPass | None"] = ContextVar("armt_segment_pass", default=None)
+
+
+class MemoryStatistics:
+    """
+    Running statistics of the memories, kept as tensors: collecting them does not wait for the device.
+
+    Attributes:
+        gamma_sum, gamma_count: by layer, `(B,)`, sum and number of the gammas of all memory tokens written.
+        min_denominator: by layer, `(B,)`, smallest q . z + eps or k . z + eps met once there was something to divide.
+    """
+
+    def __init__(self):
+        self.gamma_sum: dict[int, torch.Tensor] = {}
+        self.gamma_count: dict[int, torch.Tensor] = {}
+        self.min_denominator: dict[int, torch.Tensor] = {}
+
+    def map(self, function) -> "MemoryStatistics":
+        """A copy with `function` applied to every tensor."""
+        copy = MemoryStatistics()
+        for name, by_layer in vars(self).items():
+            setattr(copy, name, {layer: function(value) for layer, value in by_layer.items()})
+        return copy
+
+    def add_gamma(self, layer: int, gamma: torch.Tensor, rows: torch.Tensor | None):
+        """Adds `(B, m)` gammas, which carry no gradient, of the rows that wrote."""
+        wrote = gamma.new_ones(gamma.shape[0]) if rows is None else rows.to(gamma)
+        self.gamma_sum[layer] = gamma.sum(1) * wrote + self.gamma_sum.get(layer, 0.0)
+        self.gamma_count[layer] = gamma.shape[1] * wrote + self.gamma_count.get(layer, 0.0)
+
+    def add_denominator(self, layer: int, denominator: torch.Tensor | None, ignore: torch.Tensor | None):
+        """Takes in `(B, P)` denominators, less those that `ignore`, broadcastable to `(B, P)`, marks."""
+        if denominator is None:
+            return
+        denominator = denominator.detach()
+        if ignore is not None:
+            denominator = denominator.masked_fill(ignore.to(denominator.device), float("inf"))
+        least = denominator.amin(1)
+        if layer in self.min_denominator:
+            least = least.minimum(self.min_denominator[layer])
+        self.min_denominator[layer] = least
+
+
+@dataclass
+class SegmentPass:
+    """
+    What the hooks need during one pass of the backbone, and what they leave behind.
+
+    Args:
+        memories: the [`AssociativeMemory`] modules by layer index (as a string, the way a ModuleDict keeps them).
+        states: the state of each layer before the pass, None where nothing was written yet; afterwards the new states.
+        num_mem_tokens: m.
+        write_at: `(B,)` column of each row's first memory token, or an int for all rows; None if no row writes.
+        writing_rows: `(B,)` bool, the rows that write; None means all.
+        unwritten_rows: `(B,)` bool, the rows that have never written; None means none of those with a state.
+        filler: `(B, P)` bool, positions that hold neither a real nor a memory token; None means none.
+        statistics: filled if given.
+    """
+
+    memories: Mapping[str, AssociativeMemory]
+    states: dict[int, MemoryState | None]
+    num_mem_tokens: int
+    write_at: torch.Tensor | int | None = None
+    writing_rows: torch.Tensor | None = None
+    unwritten_rows: torch.Tensor | None = None
+    filler: torch.Tensor | None = None
+    statistics: MemoryStatistics | None = None
+    fired: list[tuple[str, int]] = field(default_factory=list)
+
+    def read(self, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """Before a layer: `(B, P, D)` input to `(B, P, D)` input with the memory's answer added."""
+        self.fired.append(("read", layer))
+        state = self.states[layer]
+        if state is None:  # reading an empty memory adds exactly 0
+            return x
+        x, denominator = self.memories[str(layer)].read(x, state)
+        if self.statistics is not None:
+            ignore = self.filler
+            if self.unwritten_rows is not None:
+                rows = self.unwritten_rows[:, None]
+                ignore = rows if ignore is None else rows | ignore
+            self.statistics.add_denominator(layer, denominator, ignore)
+        return x
+
+    def write(self, layer: int, y: torch.Tensor) -> None:
+        """After a layer: takes the memory tokens out of its `(B, P, D)` output and stores them."""
+        self.fired.append(("write", layer))
+        if self.write_at is None:
+            return
+        memory, old = self.memories[str(layer)], self.states[layer]
+        first = self.unwritten_rows
+        if old is None:
+            old = memory.zero_state(y.shape[0], y.device)
+            first = torch.ones(y.shape[0], dtype=torch.bool, device=y.device)
+        elif first is not None:
+            first = first.to(y.device)
+        new, terms = memory.write(self._memory_tokens(y), old, first)
+        if self.statistics is not None:
+            self.statistics.add_gamma(layer, terms.gamma, self.writing_rows)
+            not_writing = None if self.writing_rows is None else ~self.writing_rows.to(y.device)
+            ignore = first if not_writing is None else not_writing if first is None else first | not_writing
+            self.statistics.add_denominator(layer, terms.denominator, None if ignore is None else ignore[:, None])
+        if self.writing_rows is not None:
+            new = new.where(self.writing_rows.to(y.device), old)
+        self.states[layer] = new
+
+    def _memory_tokens(self, y: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.write_at, int):
+            return y[:, self.write_at : self.write_at + self.num_mem_tokens]
+        columns = self.write_at.to(y.device)[:, None] + torch.arange(self.num_mem_tokens, device=y.device)
+        return y[torch.arange(y.shape[0], device=y.device)[:, None], columns]
+
+    @contextmanager
+    def active(self):
+        """Lets the hooks see this pass. Raises RuntimeError if a layer ran without its memory."""
+        token = _current_pass.set(self)
+        try:
+            yield self
+        finally:
+            _current_pass.reset(token)
+        expected = [(kind, layer) for layer in sorted(self.states) for kind in ("read", "write")]
+        if sorted(self.fired) != sorted(expected):
+            raise RuntimeError(
+                f"the memory hooks fired as {self.fired}, expected {expected}: the backbone does not run every decoder "
+                "layer exactly once in a forward, so its memory would be wrong. This family cannot carry a memory."
+            )
+
+
+def _read_before(layer: int, module: nn.Module, args: tuple, kwargs: dict):
+    current = _current_pass.get()
+    if current is None:
+        return None
+    if args:
+        return (current.read(layer, args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": current.read(layer, kwargs["hidden_states"])}
+
+
+def _write_after(layer: int, module: nn.Module, args: tuple, output) -> None:
+    current = _current_pass.get()
+    if current is not None:
+        current.write(layer, output[0] if isinstance(output, tuple) else output)
+
+
+def find_decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
+    """
+    The list of decoder layers of a backbone without head.
+
+    Raises:
+        ValueError: if there is no ModuleList with `num_layers` entries.
+    """
+    for module in decoder.modules():  # breadth does not matter: the layers' own lists come after the list of layers
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise ValueError(
+        f"{type(decoder).__name__} has no list of {num_layers} decoder layers to attach memories to; "
+        "ARMT works on plain decoders only."
+    )
+
+
+def attach_memories(decoder: nn.Module, num_layers: int, memory_layers: Iterable[int]) -> None:
+    """Puts the hooks on the layers of `decoder` that have a memory."""
+    layers = find_decoder_layers(decoder, num_layers)
+    for index in memory_layers:
+        layers[index].register_forward_pre_hook(functools.partial(_read_before, index), with_kwargs=True)
+        layers[index].register_forward_hook(functools.partial(_write_after, index))

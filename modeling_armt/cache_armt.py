@@ -1,0 +1,185 @@
+"""
+What a text leaves behind: the associative state of every layer, and the keys and values of the segment still open.
+
+`generate` sees [`ARMTCache`], whose length is the number of columns read. Inside it the backbone sees [`SegmentKeys`],
+whose length is the number of positions in the open segment, at most `segment_size`: that is all that ever grows.
+No tensor is modified in place, so copies share them and cost nothing.
+"""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from .attachment_armt import MemoryStatistics
+from .memory_armt import MemoryState
+from .segmentation_armt import Step
+
+
+class SegmentKeys(DynamicCache):
+    """
+    Keys and values of the open segments, `(B, heads, L, head_dim)` per layer. Every row's tokens end at the last of
+    the L columns, so that to the backbone an open segment looks like a left-padded batch, which all decoders know.
+    """
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "SegmentKeys":
+        """A copy with `function` applied to the keys and values of every layer."""
+        new = copy.copy(self)
+        new.layers = [copy.copy(layer) for layer in self.layers]
+        for layer in new.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = function(layer.keys), function(layer.values)
+        return new
+
+    def after(self, step: Step, length_before: int) -> "SegmentKeys | None":
+        """
+        Drops the keys of closed segments and of filler, and moves the rest to the right again.
+
+        Args:
+            step: the step that was just read into these keys.
+            length_before: L before it.
+        """
+        length = max(step.open_after)
+        if length == 0:
+            return None
+        if step.is_uniform:
+            return self
+        device = self.layers[0].keys.device
+        end = torch.tensor([length_before + taken for taken in step.taken], device=device)
+        columns = (end[:, None] - length + torch.arange(length, device=device)).clamp(min=0)
+
+        def align(states: torch.Tensor) -> torch.Tensor:
+            return torch.take_along_dim(states, columns.to(states.device)[:, None, :, None], dim=2)
+
+        return self.map(align)
+
+
+class ARMTCache(Cache):
+    """
+    The whole memory of a batch of texts. Made by a model's forward (`use_cache=True`) and passed back to it as
+    `past_key_values`; `ARMTCache()` is empty.
+
+    Attributes:
+        states: [`MemoryState`] by layer, None before the first write.
+        keys: [`SegmentKeys`] of the open segments, None if none is open.
+        opened: tokens in each row's open segment.
+        segments: segments each row has written.
+        tokens: real tokens each row has read.
+        last_hidden: `(B, D)`, the backbone's last hidden state at each row's last real token.
+        columns: columns of input read in this conversation, padding included: what `generate` calls the length.
+    """
+
+    def __init__(self):
+        super().__init__(layers=[])
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.states: dict[int, MemoryState | None] = {}
+        self.statistics = MemoryStatistics()
+        self.keys: SegmentKeys | None = None
+        self.opened: list[int] = []
+        self.segments: list[int] = []
+        self.tokens: list[int] = []
+        self.last_hidden: torch.Tensor | None = None
+        self.columns = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 before the first input."""
+        return len(self.tokens) or -1
+
+    def __repr__(self) -> str:
+        return f"ARMTCache(tokens={self.tokens}, segments={self.segments}, opened={self.opened})"
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def fork(self) -> "ARMTCache":
+        """
+        A new conversation on the same memory: it goes on from the same state, and `generate` takes only the ids that
+        come from here on. Neither side sees what the other reads. Costs no memory.
+        """
+        new = self._map(lambda tensor: tensor)
+        new.columns = 0
+        return new
+
+    def stats(self) -> dict[int, dict[str, list[float] | None]]:
+        """
+        Health of the memory, by layer and row: the norms of A and z, the smallest denominator that a read or a write
+        divided by (None before anything was divided, or without denominator) and the mean gamma of all memory tokens
+        written. Empty before the first write.
+        """
+        result = {}
+        for layer, state in self.states.items():
+            if state is None:
+                continue
+            least, gamma_sum = self.statistics.min_denominator.get(layer), self.statistics.gamma_sum[layer]
+            result[layer] = {
+                "A_norm": state.A.flatten(1).norm(dim=1).tolist(),
+                "z_norm": None if state.z is None else state.z.norm(dim=1).tolist(),
+                "min_denominator": None
+                if least is None
+                else [v if v < float("inf") else None for v in least.tolist()],
+                "mean_gamma": (gamma_sum / self.statistics.gamma_count[layer].clamp(min=1)).tolist(),
+            }
+        return result
+
+    # What generate and its helpers ask of a cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.tokens)
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding: list[bool] = []
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorders the rows: beam search."""
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the given rows, in the given order."""
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        self._select(torch.arange(len(self.tokens)).repeat_interleave(repeats))
+
+    def update(self, *args, **kwargs):
+        raise NotImplementedError("an ARMTCache is advanced by the model's forward, not by attention layers.")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "an ARMTCache cannot be cropped: what is written to an associative memory cannot be taken back. Keep a "
+            "cache.fork() from before the tokens you may want to undo."
+        )
+
+    # Copies
+
+    def _select(self, rows: torch.Tensor) -> None:
+        index = rows.tolist()
+        self.__dict__.update(self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device))).__dict__)
+        for name in ("opened", "segments", "tokens"):
+            setattr(self, name, [getattr(self, name)[i] for i in index])
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ARMTCache":
+        """A copy with `function` applied to every tensor."""
+        new = copy.copy(self)
+        new.states = {layer: None if state is None else state.map(function) for layer, state in self.states.items()}
+        new.statistics = self.statistics.map(function)
+        new.keys = None if self.keys is None else self.keys.map(function)
+        new.last_hidden = None if self.last_hidden is None else function(self.last_hidden)
+        return new

@@ -1,0 +1,156 @@
+"""Configuration of an Associative Recurrent Memory Transformer (ARMT, arXiv 2407.04841)."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+ARMT_VERSION = 1
+"""Version of the checkpoint format. A checkpoint with a larger number needs a newer package."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    # The authors' current model: L2-normalised features.
+    "v2": {"normalize_features": True, "gamma_eps": 0.0},
+    # The formula of the paper: plain DPFP features, epsilon in gamma's denominator.
+    "paper": {"normalize_features": False, "gamma_eps": 1e-5},
+}
+
+
+class ARMTConfig(PreTrainedConfig):
+    """
+    Configuration of [`ARMTModel`] and [`ARMTForCausalLM`]: a pretrained decoder (the backbone) that reads its input
+    segment by segment and carries an associative memory in every layer from one segment to the next.
+
+    Args:
+        text_config (`PreTrainedConfig` or `dict`): the backbone's own configuration; required.
+        segment_size (`int`): real tokens in a segment, S.
+        num_mem_tokens (`int`): memory tokens appended to a complete segment, m.
+        d_mem (`int`): width d of the memory's queries and keys, before the feature map.
+        dpfp_nu (`int`): nu of the DPFP feature map; a feature has `2 * dpfp_nu * d_mem` entries.
+        normalize_features (`bool`): L2-normalise the features (`v2`) or not (`paper`).
+        gamma_eps (`float`): added to |k|^2 in the correction gamma; 0 for `v2`, 1e-5 for `paper`.
+        denom_eps (`float`): added to the denominators q.z and k.z.
+        correction (`bool`): scale what a write adds to z by gamma, so that rewriting a key does not grow z.
+        use_denom (`bool`): divide reads by q.z (and k.z); without it there is no z at all.
+        memory_layers (`list[int]`, *optional*): backbone layers that have a memory; None means all.
+        armt_version (`int`): version of the checkpoint format; written by the package, not set by hand.
+
+    Raises:
+        ValueError: for a value that cannot work; the message says which and what to do.
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoConfig
+    >>> config = ARMTConfig(text_config=AutoConfig.from_pretrained("meta-llama/Llama-3.2-1B"), segment_size=1024)
+    ```
+    """
+
+    model_type = "armt"
+    sub_configs = {"text_config": AutoConfig}
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # There is no default backbone to compare with when the configuration is saved.
+    has_no_defaults_at_init = True
+
+    text_config: PreTrainedConfig | dict | None = None
+    segment_size: int = 1024
+    num_mem_tokens: int = 16
+    d_mem: int = 64
+    dpfp_nu: int = 3
+    normalize_features: bool = True
+    gamma_eps: float = 0.0
+    denom_eps: float = 1e-5
+    correction: bool = True
+    use_denom: bool = True
+    memory_layers: list[int] | None = None
+    armt_version: int = ARMT_VERSION
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.text_config, dict):
+            fields = dict(self.text_config)
+            model_type = fields.pop("model_type", None)
+            if model_type not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"text_config has model_type {model_type!r}, which this transformers does not know. Pass the "
+                    "configuration of a decoder that transformers can load with AutoModelForCausalLM."
+                )
+            self.text_config = CONFIG_MAPPING[model_type](**fields)
+        if self.text_config is None:
+            raise ValueError(
+                "ARMTConfig needs text_config, the configuration of the backbone. To turn a pretrained decoder into an "
+                "ARMT checkpoint run: armt convert BACKBONE --out DIR"
+            )
+        self._validate_memory()
+        # The head is the backbone's: whether it is tied is read there, and this copy is what tools look at.
+        kwargs["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+        super().__post_init__(**kwargs)
+
+    def _validate_memory(self):
+        for name, least in {"segment_size": 1, "num_mem_tokens": 1, "d_mem": 1, "dpfp_nu": 1}.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        if self.dpfp_nu >= 2 * self.d_mem:
+            raise ValueError(
+                f"dpfp_nu is {self.dpfp_nu}, but a feature of d_mem {self.d_mem} can only be rolled by up to "
+                f"{2 * self.d_mem - 1} places. Lower dpfp_nu or raise d_mem."
+            )
+        for name in ("gamma_eps", "denom_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a number from 0 to below 1, such as 1e-5.")
+        if self.use_denom and self.denom_eps == 0:
+            raise ValueError("denom_eps is 0, so an empty memory would divide by zero; use 1e-5, or use_denom=False.")
+        for name in ("normalize_features", "correction", "use_denom"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
+        if not isinstance(self.armt_version, int) or self.armt_version < 1:
+            raise ValueError(f"armt_version is {self.armt_version!r}; leave it out, the package writes it.")
+        if self.armt_version > ARMT_VERSION:
+            raise ValueError(
+                f"this checkpoint has armt_version {self.armt_version}, but the code that reads it knows versions up to "
+                f"{ARMT_VERSION}. Upgrade modeling-armt, or uninstall it so that the checkpoint's own code is used."
+            )
+        if self.memory_layers is not None:
+            self._validate_memory_layers()
+
+    def _validate_memory_layers(self):
+        layers, count = self.memory_layers, self.text_config.num_hidden_layers
+        if not isinstance(layers, (list, tuple)) or not all(type(index) is int for index in layers) or not layers:
+            raise ValueError(
+                f"memory_layers is {layers!r}; it must be a non-empty list of layer indices, or None for all layers."
+            )
+        outside = [index for index in layers if not 0 <= index < count]
+        if outside or len(set(layers)) != len(layers):
+            raise ValueError(
+                f"memory_layers is {list(layers)}; indices must be different and lie between 0 and {count - 1}, since "
+                f"the backbone has {count} layers."
+            )
+        self.memory_layers = sorted(layers)
+
+    @property
+    def memory_fields(self) -> dict[str, Any]:
+        """The fields that say how a memory works, without the backbone's."""
+        names = (*VARIANTS["v2"], "segment_size", "num_mem_tokens", "d_mem", "dpfp_nu", "denom_eps", "correction")
+        return {name: getattr(self, name) for name in (*names, "use_denom", "memory_layers", "armt_version")}
+
+    @property
+    def memory_layer_indices(self) -> list[int]:
+        """Indices of the backbone layers that have a memory, in ascending order."""
+        return list(range(self.text_config.num_hidden_layers)) if self.memory_layers is None else self.memory_layers
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Builds the configuration from a `config.json` dict; refuses the configuration of a plain backbone."""
+        model_type = config_dict.get("model_type")
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"this is the configuration of a {model_type!r} model, not of an ARMT checkpoint. Convert it first: "
+                "armt convert BACKBONE --out DIR"
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+
+ARMTConfig.register_for_auto_class()
+AutoConfig.register(ARMTConfig.model_type, ARMTConfig, exist_ok=True)

@@ -1,0 +1,94 @@
+"""The stock `generate` on top of a recurrent memory: which modes work, and what a finished row must not do."""
+
+from contextvars import ContextVar
+
+import torch
+from transformers import GenerationMixin, StoppingCriteriaList
+from transformers.generation import GenerationMode
+
+from .cache_armt import ARMTCache
+
+
+class FinishedRows(StoppingCriteriaList):
+    """
+    Stopping criteria that remember which rows they have stopped. `generate` goes on appending padding to these rows
+    and marks it as real input; it must not reach their memory.
+    """
+
+    rows: torch.Tensor | None = None  # (B,) bool, None until a token was generated
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self.rows = done if self.rows is None else self.rows | done
+        return done
+
+
+_finished_rows: ContextVar[FinishedRows | None] = ContextVar("armt_finished_rows", default=None)
+
+
+class ARMTGenerationMixin(GenerationMixin):
+    """Greedy search, sampling and beams as for any model; what needs to undo or share a cache is refused."""
+
+    _is_stateful = True  # generate refuses assisted decoding, which rolls caches back
+    _supported_generation_modes = [
+        GenerationMode.GREEDY_SEARCH,
+        GenerationMode.SAMPLE,
+        GenerationMode.BEAM_SEARCH,
+        GenerationMode.BEAM_SAMPLE,
+    ]
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # forward makes the ARMTCache
+
+    def generate(self, *args, **kwargs):
+        """
+        [`GenerationMixin.generate`] with a prompt of any length. `past_key_values` may be an [`ARMTCache`]: one that an
+        earlier call returned, together with the full ids so far, or a `fork()` or loaded memory, with new ids only.
+
+        Raises:
+            ValueError: for cache implementations and generation modes that a recurrent memory cannot serve.
+        """
+        cache = kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, ARMTCache):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}; an ARMT model keeps its memory in an ARMTCache, which it "
+                "makes itself. Leave past_key_values out, or pass one that this model returned."
+            )
+        for config in (kwargs.get("generation_config"), self.generation_config):
+            implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
+            if implementation not in (None, "dynamic"):
+                raise ValueError(
+                    f"cache_implementation={implementation!r} does not fit a recurrent memory: an ARMTCache has constant "
+                    "size as it is. Leave the option out."
+                )
+        token = _finished_rows.set(None)
+        try:
+            return super().generate(*args, **kwargs)
+        finally:
+            _finished_rows.reset(token)
+
+    def _get_stopping_criteria(self, generation_config, *args, **kwargs):
+        criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        if generation_config.num_beams == 1:  # beams that end leave the batch by themselves
+            criteria = FinishedRows(criteria)
+            _finished_rows.set(criteria)
+        return criteria
+
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+        finished = _finished_rows.get()
+        if past_key_values is not None and finished is not None and finished.rows is not None:
+            # From the second token on the mask of the prompt says nothing about the new column.
+            some = len(finished.rows) > 1 and bool(finished.rows.any())
+            inputs["attention_mask"] = ~finished.rows[:, None] if some else None
+        return inputs
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError(
+            "continuous batching shares paged attention caches between requests, which a recurrent memory does not "
+            "have. Use generate with a padded batch; rows do not influence each other."
+        )
+
+    continuous_batching_context_manager = init_continuous_batching
+    generate_batch = init_continuous_batching

@@ -1,0 +1,173 @@
+"""
+The associative memory of one layer, in plain tensors (arXiv 2407.04841, section 2; delta rule and DPFP of
+arXiv 2102.11174).
+
+Shapes: B batch, P positions, m memory tokens, D hidden size, d `d_mem`, K = 2 * nu * d feature size. A memory is a
+matrix A (B, K, D) of associations and a vector z (B, K) that normalises what is read from it:
+
+    read   x <- x + (phi(Wq x) A) / (phi(Wq x) . z + eps)
+    write  k = phi(Wk y),  v = Wv y,  beta = sigmoid(Wb y)               for the m memory tokens y of a segment
+           v0 = (k A) / (k . z + eps)                                    what the memory answers to k now
+           gamma = clip(1 - (k . z + eps) / (|k|^2 + gamma_eps), 0, 1)   how new the key is (the correction)
+           A <- A + sum_m beta k (v - v0)^T,   z <- z + sum_m gamma k
+
+All m tokens of a write see the old A and z, and beta does not touch z. Features, products and the state are float32
+(float64 for a float64 model), whatever the dtype of the backbone: over thousands of writes bfloat16 loses the memory.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class MemoryState(NamedTuple):
+    """What one layer remembers. `z` is None for a memory without denominator."""
+
+    A: torch.Tensor  # (B, K, D)
+    z: torch.Tensor | None  # (B, K)
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "MemoryState":
+        """The state with `function` applied to both tensors."""
+        return MemoryState(function(self.A), None if self.z is None else function(self.z))
+
+    def where(self, rows: torch.Tensor, other: "MemoryState") -> "MemoryState":
+        """This state in the rows that the `(B,)` bool tensor marks, `other` in the rest."""
+        A = torch.where(rows[:, None, None], self.A, other.A)
+        return MemoryState(A, None if self.z is None else torch.where(rows[:, None], self.z, other.z))
+
+
+class WriteTerms(NamedTuple):
+    """The two quantities that tell how a write went; for statistics."""
+
+    gamma: torch.Tensor  # (B, m), share of each key that was new to z
+    denominator: torch.Tensor | None  # (B, m), k . z + eps before the write; None without denominator
+
+
+def dpfp(u: torch.Tensor, nu: int) -> torch.Tensor:
+    """
+    Deterministic parameter-free projection (arXiv 2102.11174, equation 37): y = [relu(u), relu(-u)], then the products
+    of y with itself rolled by 1 ... nu places.
+
+    Args:
+        u: `(..., d)`.
+        nu: number of rolled copies.
+
+    Returns:
+        `(..., 2 * nu * d)`, all entries >= 0.
+    """
+    y = torch.cat([u.relu(), (-u).relu()], dim=-1)
+    return torch.cat([y * y.roll(shift, dims=-1) for shift in range(1, nu + 1)], dim=-1)
+
+
+class AssociativeMemory(nn.Module):
+    """
+    The projections of one layer's memory and its two operations. It holds no state: `read` and `write` take a
+    [`MemoryState`] and return what follows from it, so one module serves any number of texts at once.
+
+    Args:
+        hidden_size: D.
+        d_mem: d, width of queries and keys before the feature map.
+        nu, normalize_features: the feature map phi, DPFP, L2-normalised or not.
+        gamma_eps, denom_eps: the two epsilons of the equations above.
+        correction: with False gamma is 1, and z grows with every write.
+        use_denom: with False reads and v0 are not divided, and there is no z.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        d_mem: int,
+        nu: int = 3,
+        normalize_features: bool = True,
+        gamma_eps: float = 0.0,
+        denom_eps: float = 1e-5,
+        correction: bool = True,
+        use_denom: bool = True,
+    ):
+        super().__init__()
+        self.feature_size = 2 * nu * d_mem
+        self.nu = nu
+        self.normalize_features = normalize_features
+        self.gamma_eps = gamma_eps
+        self.denom_eps = denom_eps
+        self.correction = correction
+        self.use_denom = use_denom
+        # Names that no backbone uses, so that adapters aimed at the backbone's q_proj, k_proj, ... leave them alone.
+        self.memory_query = nn.Linear(hidden_size, d_mem, bias=False)
+        self.memory_key = nn.Linear(hidden_size, d_mem, bias=False)
+        self.memory_value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.memory_beta = nn.Linear(hidden_size, 1)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.memory_query.weight.dtype, torch.float32)
+
+    def zero_state(self, batch_size: int, device: torch.device | str) -> MemoryState:
+        """An empty memory: every read from it is exactly 0."""
+        A = torch.zeros(
+            batch_size, self.feature_size, self.memory_value.out_features, dtype=self.state_dtype, device=device
+        )
+        return MemoryState(A, A.new_zeros(batch_size, self.feature_size) if self.use_denom else None)
+
+    def _project(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return linear(x.to(linear.weight.dtype)).to(self.state_dtype)
+
+    def _features(self, u: torch.Tensor) -> torch.Tensor:
+        features = dpfp(u, self.nu)
+        return nn.functional.normalize(features, dim=-1, eps=1e-12) if self.normalize_features else features
+
+    def read(self, x: torch.Tensor, state: MemoryState) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Adds to every position what the memory answers to it.
+
+        Args:
+            x: `(B, P, D)`, the input of the layer.
+            state: the memory after the previous segment.
+
+        Returns:
+            The new layer input `(B, P, D)` in the dtype of `x`, and the denominators q . z + eps `(B, P)` (None without).
+        """
+        with torch.autocast(x.device.type, enabled=False):  # float32 also under mixed precision
+            q = self._features(self._project(self.memory_query, x))  # (B, P, K)
+            answer, denominator = self._recall(q, state)
+            return x + answer.to(x.device, x.dtype), denominator
+
+    def write(
+        self, y: torch.Tensor, state: MemoryState, first: torch.Tensor | None = None
+    ) -> tuple[MemoryState, WriteTerms]:
+        """
+        Stores the memory tokens of a segment.
+
+        Args:
+            y: `(B, m, D)`, the output of the layer at the memory tokens.
+            state: the memory before the write.
+            first: `(B,)` bool, rows that write for the first time, for which gamma is 1; None means no row does.
+
+        Returns:
+            The new state and the terms of the write.
+        """
+        with torch.autocast(y.device.type, enabled=False):
+            k = self._features(self._project(self.memory_key, y))  # (B, m, K)
+            v = self._project(self.memory_value, y)  # (B, m, D)
+            beta = self._project(self.memory_beta, y).sigmoid()  # (B, m, 1)
+
+            known, denominator = self._recall(k, state)  # an empty memory knows 0
+            A = state.A + (beta * k).transpose(1, 2) @ (v - known)
+
+            gamma = k.new_ones(k.shape[:2])
+            if self.use_denom and self.correction:
+                gamma = (1 - denominator / (k.square().sum(-1) + self.gamma_eps)).clamp(0, 1).detach()
+                if first is not None:
+                    gamma = gamma.masked_fill(first[:, None], 1.0)
+            z = state.z + (gamma[..., None] * k).sum(1) if self.use_denom else None
+            return MemoryState(A, z), WriteTerms(gamma, denominator)
+
+    def _recall(self, query: torch.Tensor, state: MemoryState) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(query A) / (query . z + eps) for `(B, P, K)` queries, and the `(B, P)` denominators."""
+        answer = query @ state.A
+        if not self.use_denom:
+            return answer, None
+        denominator = (query @ state.z[..., None]).squeeze(-1) + self.denom_eps
+        return answer / denominator[..., None], denominator

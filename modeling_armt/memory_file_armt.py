@@ -1,0 +1,127 @@
+"""Memory on disk: an [`ARMTCache`] as a safetensors file that knows which model it belongs to."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.modeling_utils import safe_open, safe_save_file
+
+from .cache_armt import ARMTCache, SegmentKeys
+from .memory_armt import MemoryState
+
+
+FORMAT_VERSION = "1"
+_CHUNK = 1 << 24  # elements checksummed at once, to bound the memory it takes
+
+
+def _checksum(tensor: torch.Tensor) -> list[int]:
+    """Two sums over a tensor's bits, the second weighted by position; the same for a model loaded in bfloat16."""
+    if tensor.is_meta:
+        return []
+    bits = tensor.detach().to(torch.bfloat16).view(torch.int16) if tensor.is_floating_point() else tensor.detach()
+    sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
+    for chunk in bits.reshape(-1).split(_CHUNK):
+        values = chunk.to(torch.int64)
+        weights = torch.arange(1, len(values) + 1, device=values.device) % 65521
+        sums = sums * 31 + torch.stack([values.sum(), (values * weights).sum()])
+    return sums.tolist()
+
+
+def model_identity(model: nn.Module) -> str:
+    """
+    A fingerprint of configuration and weights: equal for two loads of one checkpoint, in whatever dtype or place,
+    different after any training step.
+    """
+    digest = hashlib.sha256(json.dumps(model.config.memory_fields, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(json.dumps([name, list(tensor.shape), _checksum(tensor)]).encode())
+    return digest.hexdigest()
+
+
+def save_memory(model: PreTrainedModel, cache: ARMTCache, path: str | os.PathLike) -> None:
+    """Writes `cache` to `path`; a failure leaves what was there before."""
+    if not isinstance(cache, ARMTCache) or cache.batch_size < 1:
+        raise ValueError(
+            "there is no memory to save: pass the past_key_values that a forward or generate of this model returned, "
+            f"not {type(cache).__name__}."
+        )
+    tensors = {"last_hidden": cache.last_hidden}
+    for layer, state in cache.states.items():
+        if state is not None:
+            tensors[f"states.{layer}.A"] = state.A
+            tensors |= {} if state.z is None else {f"states.{layer}.z": state.z}
+    for name, by_layer in vars(cache.statistics).items():
+        tensors |= {f"statistics.{layer}.{name}": value for layer, value in by_layer.items()}
+    for layer, keys in enumerate([] if cache.keys is None else cache.keys.layers):
+        tensors |= {f"keys.{layer}.keys": keys.keys, f"keys.{layer}.values": keys.values}
+    rows = {"opened": cache.opened, "segments": cache.segments, "tokens": cache.tokens}
+    metadata = {"format": "armt-memory", "version": FORMAT_VERSION, "model": model_identity(model)}
+    metadata["rows"] = json.dumps(rows)
+
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        safe_save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_memory(model: PreTrainedModel, path: str | os.PathLike) -> ARMTCache:
+    """Reads what [`save_memory`] wrote, as the start of a new conversation: its length is 0."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no memory file at {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (
+        Exception
+    ) as error:  # safetensors raises its own type, which the files shipped with a checkpoint don't import
+        raise ValueError(f"{path} is truncated or not a memory file: {error}") from error
+    if metadata.get("format") != "armt-memory":
+        raise ValueError(f"{path} is a safetensors file, but not a memory written by save_memory.")
+    if metadata["version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has memory format {metadata['version']}, this code reads {FORMAT_VERSION}; "
+            "read the text again, or use the package version that wrote the file."
+        )
+    if metadata["model"] != model_identity(model):
+        raise ValueError(
+            f"{path} belongs to another model: its configuration or weights differ from this one's. A memory only means "
+            "something to the model that wrote it; load that model, or read the text again."
+        )
+    cache = ARMTCache()
+    for name, value in json.loads(metadata["rows"]).items():
+        setattr(cache, name, value)
+    devices = model.layer_devices()
+    cache.last_hidden = tensors.pop("last_hidden").to(model.device, model.dtype)
+    cache.states = dict.fromkeys(model.config.memory_layer_indices)
+    for name, tensor in tensors.items():
+        kind, layer, field = name.split(".")
+        layer = int(layer)
+        tensor = tensor.to(devices[layer])
+        if kind == "states" and field == "A":
+            z = tensors.get(f"states.{layer}.z")
+            cache.states[layer] = MemoryState(tensor, None if z is None else z.to(devices[layer]))
+        elif kind == "statistics":
+            getattr(cache.statistics, field)[layer] = tensor
+    num_key_layers = sum(name.startswith("keys.") for name in tensors) // 2
+    if num_key_layers:
+        cache.keys = SegmentKeys()
+        for layer in range(num_key_layers):
+            entry = DynamicLayer()
+            keys, values = (
+                tensors[f"keys.{layer}.{kind}"].to(devices[layer], model.dtype) for kind in ("keys", "values")
+            )
+            entry.lazy_initialization(keys, values)
+            entry.keys, entry.values = keys, values
+            cache.keys.layers.append(entry)
+    return cache

@@ -1,0 +1,497 @@
+"""
+Associative Recurrent Memory Transformer (arXiv 2407.04841) around any pretrained decoder of transformers.
+
+tokens -> segments -> (read, layer, write) for every layer -> logits. The layers are the backbone's own, run by its own
+forward; `attachment_armt.py` says how the memories get in, `memory_armt.py` what they compute, `segmentation_armt.py`
+how a batch is cut, `cache_armt.py` what is kept between calls.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
+
+from .attachment_armt import attach_memories, find_decoder_layers
+from .cache_armt import ARMTCache
+from .configuration_armt import ARMTConfig
+from .generation_armt import ARMTGenerationMixin
+from .memory_armt import AssociativeMemory
+from .memory_file_armt import load_memory, save_memory
+from .segmentation_armt import OutputColumns, RealTokens, Step, plan_steps
+from .sequential_armt import run_steps
+
+
+logger = logging.get_logger(__name__)
+
+
+class ARMTPreTrainedModel(PreTrainedModel):
+    """
+    What [`ARMTModel`] and [`ARMTForCausalLM`] share: the backbone with its head (`model`), the memories of its layers
+    (`memory`) and the memory tokens (`memory_tokens`). Both load the same checkpoint.
+    """
+
+    config_class = ARMTConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    # The backbone checks its own support when it is built.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _no_split_modules = ["AssociativeMemory"]
+    _keep_in_fp32_modules = ["memory"]
+    _keep_in_fp32_modules_strict = ["memory"]
+
+    def __init__(self, config: ARMTConfig):
+        super().__init__(config)
+        backbone = config.text_config
+        self.model = AutoModelForCausalLM.from_config(backbone)
+        self.memory = nn.ModuleDict(
+            {
+                str(layer): AssociativeMemory(
+                    backbone.hidden_size,
+                    config.d_mem,
+                    config.dpfp_nu,
+                    config.normalize_features,
+                    config.gamma_eps,
+                    config.denom_eps,
+                    config.correction,
+                    config.use_denom,
+                )
+                for layer in config.memory_layer_indices
+            }
+        )
+        # An Embedding rather than a bare parameter: adapters and quantizers look for modules.
+        self.memory_tokens = nn.Embedding(config.num_mem_tokens, self.model.get_input_embeddings().embedding_dim)
+        self.gradient_checkpointing = False
+        self._check_position_table()
+        attach_memories(self.decoder, backbone.num_hidden_layers, config.memory_layer_indices)
+        self.post_init()
+
+    @property
+    def decoder(self) -> PreTrainedModel:
+        """The backbone without its head."""
+        return self.model.base_model
+
+    @classmethod
+    def from_backbone(cls, backbone: PreTrainedModel, **memory_options) -> "ARMTPreTrainedModel":
+        """
+        Puts fresh memories on a loaded decoder, which becomes part of the new model. They add exactly zero until they
+        are trained.
+
+        Args:
+            backbone: a causal language model of transformers, with head.
+            memory_options: fields of [`ARMTConfig`], such as `segment_size` or `num_mem_tokens`.
+
+        Example:
+
+        ```python
+        >>> backbone = AutoModelForCausalLM.from_pretrained("meta-llama/Llama-3.2-1B")
+        >>> model = ARMTForCausalLM.from_backbone(backbone, segment_size=1024)
+        ```
+        """
+        config = ARMTConfig(text_config=backbone.config, **memory_options)
+        with torch.device("meta"):
+            model = cls(config)
+        model.model = backbone
+        attach_memories(model.decoder, backbone.config.num_hidden_layers, config.memory_layer_indices)
+        for layer, device in model.layer_devices().items():
+            if str(layer) in model.memory:
+                memory = model.memory[str(layer)].float().to_empty(device=device)
+                model._init_weights(memory)
+        embedding = backbone.get_input_embeddings()
+        model.memory_tokens.to_empty(device=embedding.weight.device).to(embedding.weight.dtype)
+        # As large as what the embedding returns, which some families scale.
+        sample = embedding(torch.arange(min(1000, embedding.num_embeddings), device=embedding.weight.device))
+        nn.init.normal_(model.memory_tokens.weight, std=sample.float().std().item())
+        model.generation_config = copy.deepcopy(backbone.generation_config)
+        return model.train(backbone.training)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, AssociativeMemory):
+            bound = module.memory_query.in_features**-0.5
+            for linear in (module.memory_query, module.memory_key, module.memory_beta):
+                init.uniform_(linear.weight, -bound, bound)
+            init.zeros_(module.memory_value.weight)  # a fresh memory stores and returns 0
+            init.ones_(module.memory_beta.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.02)
+
+    def _check_position_table(self):
+        needed = self.config.segment_size + self.config.num_mem_tokens
+        for module in self.decoder.modules():
+            if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
+                positions = module.num_embeddings - getattr(module, "offset", 0)
+                if needed > positions:
+                    raise ValueError(
+                        f"segment_size + num_mem_tokens is {needed}, but this backbone has learned only {positions} "
+                        f"positions. Use a segment_size of at most {positions - self.config.num_mem_tokens}."
+                    )
+
+    def layer_devices(self) -> dict[int, torch.device]:
+        """The device of every decoder layer."""
+        layers = find_decoder_layers(self.decoder, self.config.text_config.num_hidden_layers)
+        devices = [next(layer.parameters()).device for layer in layers]
+        return {i: self.device if device.type == "meta" else device for i, device in enumerate(devices)}
+
+    # Saving: both Auto classes find their code in the folder, and the memory of a text has a file of its own
+
+    def save_pretrained(self, save_directory, **kwargs):
+        self.config.auto_map = {
+            "AutoConfig": "configuration_armt.ARMTConfig",
+            "AutoModel": "modeling_armt.ARMTModel",
+            "AutoModelForCausalLM": "modeling_armt.ARMTForCausalLM",
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+    def save_memory(self, cache: ARMTCache, path) -> None:
+        """Writes what `cache` remembers to a safetensors file, with this model's identity."""
+        save_memory(self, cache, path)
+
+    def load_memory(self, path) -> ARMTCache:
+        """
+        Reads a memory that this model wrote, in this process or another. It starts a new conversation: `generate` and
+        forward take the ids that come after what it has read.
+
+        Raises:
+            ValueError: if the file is damaged, has another format or belongs to another model.
+        """
+        return load_memory(self, path)
+
+    # Gradient checkpointing: per segment, not per layer
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True loses the gradients that flow through the memory. Leave it out or pass "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        self._gradient_checkpointing_func = gradient_checkpointing_func
+        self.gradient_checkpointing = enable
+
+    def checkpointed(self, function: Callable, *args):
+        """Calls a function that has no side effects, under gradient checkpointing if that is on."""
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(function, *args)
+        return function(*args)
+
+    # Reading a text
+
+    def _read(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        attention_mask: torch.Tensor | None,
+        cache: ARMTCache | None,
+        bptt_segments: int | None = None,
+        output_hidden_states: bool = False,
+    ) -> tuple[RealTokens, list[Step], Callable[..., Iterator[tuple[Step, tuple[torch.Tensor, ...]]]]]:
+        """
+        Checks the input and cuts it into steps.
+
+        Returns:
+            Where the real tokens are, the steps, and [`run_steps`] to run them with.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds.")
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        batch_size, num_columns = source.shape[:2]
+        if num_columns == 0:
+            raise ValueError("the input is empty: a text needs at least one token to be read.")
+        if input_ids is not None and (num_columns > 1 or input_ids.device.type == "cpu"):
+            self._check_ids(input_ids)
+        tokens = RealTokens(batch_size, num_columns, self._own_columns(attention_mask, source, cache))
+        if 0 in tokens.counts and (cache is None or cache.columns == 0 and not any(cache.tokens)):
+            raise ValueError(
+                f"row {tokens.counts.index(0)} is all padding: there is nothing to read in it. Drop the row, or mark "
+                "its tokens with 1 in attention_mask."
+            )
+        if self.training and getattr(self.decoder, "gradient_checkpointing", False):
+            raise ValueError(
+                "gradient checkpointing is switched on inside the backbone, where it loses the memory. Call "
+                "gradient_checkpointing_enable() on the ARMT model instead; it works per segment."
+            )
+        if bptt_segments is not None and (not isinstance(bptt_segments, int) or bptt_segments < 1):
+            raise ValueError(f"bptt_segments is {bptt_segments!r}; it must be at least 1, or None for no truncation.")
+        if cache is not None and cache.batch_size != batch_size:
+            if cache.batch_size == 1:  # one memory, many questions
+                cache.batch_repeat_interleave(batch_size)
+            elif cache.batch_size != -1:
+                raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}.")
+        opened = cache.opened if cache is not None and cache.opened else [0] * batch_size
+        config = self.config
+        steps = list(
+            plan_steps(tokens.counts, opened, config.segment_size, config.num_mem_tokens, cached=cache is not None)
+        )
+        run = partial(run_steps, self, source, tokens, steps, cache, bptt_segments, bool(output_hidden_states))
+        return tokens, steps, run
+
+    def _check_ids(self, input_ids: torch.Tensor):
+        size = self.model.get_input_embeddings().num_embeddings
+        low, high = (int(value) for value in torch.aminmax(input_ids))
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"input_ids holds token id {low if low < 0 else high}, but the vocabulary has ids 0 to {size - 1}. Was "
+                "the text tokenized with this checkpoint's tokenizer?"
+            )
+
+    def _own_columns(
+        self, attention_mask: torch.Tensor | None, source: torch.Tensor, cache: ARMTCache | None
+    ) -> torch.Tensor | None:
+        """The mask of this call's columns, out of a mask that may cover earlier calls too."""
+        if attention_mask is None:
+            return None
+        batch_size, num_columns = source.shape[:2]
+        before = 0 if cache is None else cache.columns
+        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (num_columns, before + num_columns):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be ({batch_size}, {num_columns}), or "
+                f"({batch_size}, {before + num_columns}) with the columns read before."
+            )
+        return attention_mask[:, -num_columns:]
+
+    @torch.no_grad()
+    def close_segment(self, cache: ARMTCache) -> None:
+        """
+        Writes the open, incomplete segments to memory, as if they had been complete. A text that is read from here on
+        starts a new segment. Rows with nothing open keep their memory.
+        """
+        if not any(cache.opened):
+            return
+        batch_size = cache.batch_size
+        closes = [opened > 0 for opened in cache.opened]
+        step = Step([0] * batch_size, [0] * batch_size, cache.opened, closes, self.config.num_mem_tokens)
+        tokens = RealTokens(batch_size, 0)
+        source = torch.zeros(batch_size, 0, dtype=torch.long, device=self.device)
+        for _ in run_steps(self, source, tokens, [step], cache):
+            pass
+
+    def _cache_for(self, past_key_values, use_cache: bool | None, labels=None) -> ARMTCache | None:
+        if past_key_values is not None:
+            if not isinstance(past_key_values, ARMTCache):
+                raise ValueError(f"past_key_values must be an ARMTCache, not {type(past_key_values).__name__}.")
+            return past_key_values
+        if use_cache is None:
+            use_cache = not self.training and labels is None and getattr(self.config.text_config, "use_cache", True)
+        return ARMTCache() if use_cache else None
+
+    def _refuse(self, kwargs: dict):
+        """Arguments of stock models that would silently do the wrong thing."""
+        if kwargs.get("output_attentions"):
+            raise ValueError("attentions span one segment at a time and are not returned; call the backbone for them.")
+        if kwargs.get("position_ids") is not None:
+            raise ValueError(
+                "positions restart in every segment, so position_ids cannot be passed. Packed (padding-free) batches "
+                "do not work either: give every text a row of its own and an attention_mask."
+            )
+
+
+class ARMTModel(ARMTPreTrainedModel):
+    """The backbone with memory, without using its head: returns hidden states."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: ARMTCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast | tuple:
+        """
+        Args:
+            input_ids: `(B, T)`, T of any length.
+            attention_mask: `(B, T)`, 0 for padding, which may be anywhere; or with the columns read before.
+            past_key_values: what earlier calls returned; advanced by this one.
+            inputs_embeds: `(B, T, D)` instead of `input_ids`.
+            use_cache: return a cache; default: unless training.
+            output_hidden_states: return the hidden states of all layers too.
+            return_dict: False for a tuple.
+
+        Returns:
+            `last_hidden_state` `(B, T, D)`, `past_key_values` and `hidden_states`. A padding column holds what the
+            last real token before it got, zeros if there was none.
+        """
+        self._refuse(kwargs)
+        cache = self._cache_for(past_key_values, use_cache)
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        tokens, _, run = self._read(
+            input_ids, inputs_embeds, attention_mask, cache, output_hidden_states=output_hidden_states
+        )
+        hidden, *hidden_states = read_columns(OutputColumns(tokens, 0, tokens.num_columns), run(), cache)
+        output = BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+
+class _HiddenStates(nn.Module):
+    """Stands in for the backbone's body in front of its head, and passes given hidden states on to it."""
+
+    def forward(self, *args, inputs_embeds: torch.Tensor, **kwargs):
+        return _AnyOutput(last_hidden_state=inputs_embeds)
+
+    @property
+    def decoder(self) -> nn.Module:  # opt's head looks for the body one level down
+        return self
+
+
+class _AnyOutput(BaseModelOutputWithPast):
+    """An output without any of the extras that a family's head may hand on (router logits, cross attentions, ...)."""
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
+    """A causal language model of constant memory: the backbone, its head, and an associative memory in its layers."""
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: ARMTCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_logits: bool = True,
+        bptt_segments: int | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """
+        Args:
+            input_ids: `(B, T)`, T of any length.
+            attention_mask: `(B, T)`, 0 for padding, which may be anywhere; or with the columns read before.
+            past_key_values: what earlier calls returned; advanced by this one.
+            inputs_embeds: `(B, T, D)` instead of `input_ids`.
+            labels: `(B, T)`, the ids themselves (they are shifted here), -100 where there is no loss. Predictions
+                cross segment borders.
+            use_cache: return a cache; default: unless training or given labels.
+            output_hidden_states: return the hidden states of all layers too.
+            logits_to_keep: logits of the last so many columns only (0: all), or of the columns in a 1D tensor.
+            return_logits: False computes the same loss segment by segment and returns no logits, so that those of two
+                segments never exist at once: for training on long texts.
+            bptt_segments: gradients flow back through so many segments at most (counted from the end of the text);
+                None: through all.
+            return_dict: False for a tuple.
+            kwargs: `num_items_in_batch` and other arguments of the loss function.
+
+        Returns:
+            `loss`, `logits` `(B, T, vocabulary)`, `past_key_values`, `hidden_states`. A padding column holds what its
+            row's last real token before it got.
+        """
+        self._refuse(kwargs)
+        cache = self._cache_for(past_key_values, use_cache, labels)
+        if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError(
+                "labels need the logits of all columns; leave logits_to_keep out, or use return_logits=False."
+            )
+        if not return_logits and labels is None:
+            raise ValueError("return_logits=False is for computing the loss: pass labels.")
+        output_hidden_states = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        tokens, steps, run = self._read(
+            input_ids, inputs_embeds, attention_mask, cache, bptt_segments, bool(output_hidden_states)
+        )
+        loss = logits = hidden_states = None
+        if return_logits:
+            first, last = self._columns_to_keep(logits_to_keep, tokens.num_columns)
+            columns = OutputColumns(tokens, 0 if output_hidden_states else first, last)
+            hidden, *hidden_states = read_columns(columns, run(), cache)
+            hidden = hidden[:, first - columns.first :]
+            if isinstance(logits_to_keep, torch.Tensor):
+                hidden = hidden[:, logits_to_keep.to(hidden.device) % tokens.num_columns - first]
+            logits = self._logits(hidden)
+            if labels is not None:
+                targets = tokens.next_of(labels)
+                if tokens.rank is not None:
+                    targets = targets.gather(1, tokens.rank.clamp(min=0)).masked_fill(~tokens.real, -100)
+                loss = self._loss(logits, targets, **kwargs)
+        else:
+            loss = self._loss_by_segment(tokens.next_of(labels), steps, run, bptt_segments, **kwargs)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=cache,
+            hidden_states=tuple(hidden_states) if output_hidden_states and hidden_states else None,
+        )
+        return output if return_dict is not False else output.to_tuple()
+
+    @staticmethod
+    def _columns_to_keep(logits_to_keep: int | torch.Tensor, num_columns: int) -> tuple[int, int]:
+        if isinstance(logits_to_keep, int):
+            return max(num_columns - logits_to_keep, 0) if logits_to_keep else 0, num_columns
+        wanted = logits_to_keep % num_columns
+        return int(wanted.min()), int(wanted.max()) + 1
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """
+        `(B, L, D)` hidden states to `(B, L, vocabulary)` logits, by the backbone's own code after its body, softcap and
+        scaling included. A shallow copy of the backbone runs it, in which hidden states take the place of the body.
+        """
+        head = copy.copy(self.model)
+        head._modules = {**self.model._modules, self.model.base_model_prefix: _HiddenStates()}
+        return type(self.model).forward(head, inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+
+    def _loss(self, logits: torch.Tensor, targets: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.loss_function(
+            logits=logits, labels=None, vocab_size=logits.shape[-1], shift_labels=targets.contiguous(), **kwargs
+        )
+
+    def _loss_by_segment(
+        self, targets: torch.Tensor, steps: list[Step], run: Callable, bptt_segments: int | None, **kwargs
+    ) -> torch.Tensor:
+        """The loss for `(B, T)` targets by token, with the logits of one segment at a time."""
+        packed = RealTokens(*targets.shape)  # targets are by token: there is no padding to skip
+        of_step = [packed.pack(targets, step, fill=-100) for step in steps]
+        counts = torch.stack([(target != -100).sum() for target in of_step]).tolist()
+        if kwargs.get("num_items_in_batch") is None:
+            kwargs["num_items_in_batch"] = sum(counts)
+        # What lies before the window of the first target cannot receive a gradient.
+        labelled = next((number for number, count in enumerate(counts) if count), len(steps))
+        grad_from = 0
+        if bptt_segments is not None:
+            grad_from = max(labelled - (labelled - len(steps)) % bptt_segments, 0)
+
+        def segment_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            return self._loss(self._logits(hidden), target, **kwargs)
+
+        loss = torch.zeros((), device=targets.device)
+        for (step, (hidden, *_)), target, count in zip(run(grad_from=grad_from), of_step, counts, strict=True):
+            if count:
+                hidden = hidden[:, : max(step.taken)]
+                # Checkpointed, so that no segment's logits are kept for the backward pass.
+                loss = loss + checkpoint(segment_loss, hidden, target, use_reentrant=False).to(loss.device)
+        return loss if sum(counts) else loss / 0  # as stock models: the mean of nothing is nan
+
+
+def read_columns(columns: OutputColumns, run: Iterator, cache: ARMTCache | None) -> tuple[torch.Tensor, ...]:
+    """Runs all steps and returns `(last hidden state, hidden states of all layers ...)` in the wanted columns."""
+    before = None if cache is None else cache.last_hidden
+    for step, outputs in run:
+        columns.add(step, outputs)
+    return columns.collect(before)
+
+
+ARMTModel.register_for_auto_class("AutoModel")
+ARMTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+AutoModel.register(ARMTConfig, ARMTModel, exist_ok=True)
+AutoModelForCausalLM.register(ARMTConfig, ARMTForCausalLM, exist_ok=True)

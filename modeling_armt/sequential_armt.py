@@ -1,0 +1,173 @@
+"""
+The sequential schedule: one segment after the other through the backbone's own forward.
+
+It works for every backbone and every batch, and is what other schedules are compared with.
+"""
+
+import inspect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .attachment_armt import SegmentPass
+from .cache_armt import ARMTCache, SegmentKeys
+from .memory_armt import MemoryState
+from .segmentation_armt import RealTokens, Step
+
+
+if TYPE_CHECKING:
+    from .modeling_armt import ARMTPreTrainedModel
+
+States = dict[int, MemoryState | None]
+
+
+def run_steps(
+    model: "ARMTPreTrainedModel",
+    source: torch.Tensor,
+    tokens: RealTokens,
+    steps: list[Step],
+    cache: ARMTCache | None = None,
+    bptt_segments: int | None = None,
+    output_hidden_states: bool = False,
+    grad_from: int = 0,
+) -> Iterator[tuple[Step, tuple[torch.Tensor, ...]]]:
+    """
+    Reads a batch step by step.
+
+    Args:
+        model: the model that reads.
+        source: `(B, T)` token ids or `(B, T, D)` embeddings, on any device.
+        tokens, steps: where its real tokens are, and how they are cut.
+        cache: where the batch comes from. Advanced when the iterator is exhausted, untouched if it is not.
+        bptt_segments: detach the memory every so many steps.
+        output_hidden_states: yield the hidden states of all layers too.
+        grad_from: steps before this one run without gradients.
+
+    Yields:
+        Each step with `(last hidden state, hidden states of all layers ...)`, each `(B, P, D)`.
+    """
+    states: States = dict.fromkeys(model.config.memory_layer_indices)
+    segments, work = [0] * tokens.batch_size, None
+    if cache is not None:
+        work = cache.fork()  # the caller's cache changes all at once, at the end
+        states |= work.states
+        segments = work.segments or segments
+    for number, step in enumerate(steps):
+        # Windows end with the text, so that its last tokens see a full one.
+        if bptt_segments is not None and (len(steps) - number) % bptt_segments == 0:
+            states = {layer: None if s is None else s.map(torch.Tensor.detach) for layer, s in states.items()}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and number >= grad_from):
+            inputs_embeds = embed_step(model, source, tokens, step)
+            outputs, states, keys = model.checkpointed(
+                run_segment, model, inputs_embeds, step, states, segments, work, output_hidden_states
+            )
+        segments = [n + closes for n, closes in zip(segments, step.closes, strict=True)]
+        if work is not None:
+            work.keys, work.opened = keys, step.open_after
+            work.last_hidden = _last_of_rows(outputs[0], step, work.last_hidden)
+        yield step, outputs
+    if cache is not None:
+        work.states, work.segments = states, segments
+        work.tokens = [a + b for a, b in zip(work.tokens or [0] * tokens.batch_size, tokens.counts, strict=True)]
+        work.columns = cache.columns + tokens.num_columns
+        cache.__dict__.update(work.__dict__)
+
+
+def embed_step(model: "ARMTPreTrainedModel", source: torch.Tensor, tokens: RealTokens, step: Step) -> torch.Tensor:
+    """`(B, P, D)` input of a step: its tokens, and the memory tokens of the segments that close."""
+    embedding = model.model.get_input_embeddings()
+    packed = tokens.pack(source, step)
+    if not source.is_floating_point():
+        packed = embedding(packed if embedding.weight.is_meta else packed.to(embedding.weight.device))
+    if not any(step.closes):
+        return packed
+    memory_tokens = model.memory_tokens(torch.arange(step.num_mem_tokens, device=model.memory_tokens.weight.device))
+    memory_tokens = memory_tokens.to(packed.device, packed.dtype)
+    if step.is_uniform:
+        return torch.cat([packed, memory_tokens.expand(len(packed), -1, -1)], dim=1)
+    packed = nn.functional.pad(packed, (0, 0, 0, step.width - packed.shape[1]))
+    number = torch.arange(step.width, device=packed.device) - torch.tensor(step.taken, device=packed.device)[:, None]
+    place = (number >= 0) & (number < step.num_mem_tokens)
+    place &= torch.tensor(step.closes, device=packed.device)[:, None]
+    return torch.where(place[..., None], memory_tokens[number.clamp(0, step.num_mem_tokens - 1)], packed)
+
+
+def run_segment(
+    model: "ARMTPreTrainedModel",
+    inputs_embeds: torch.Tensor,
+    step: Step,
+    states: States,
+    segments: list[int],
+    work: ARMTCache | None,
+    output_hidden_states: bool,
+) -> tuple[tuple[torch.Tensor, ...], States, SegmentKeys | None]:
+    """
+    One pass of the backbone over one step. Changes none of its arguments, so that a checkpoint may run it twice.
+
+    Args:
+        inputs_embeds: `(B, P, D)`.
+        states: before the step.
+        segments: segments each row has written.
+        work: where the keys of the open segments are; None if nobody goes on from here, so that none are needed.
+
+    Returns:
+        Last hidden state and, if asked for, those of all layers, the new states, the new keys.
+    """
+    width, device = inputs_embeds.shape[1], inputs_embeds.device
+    keys, length, kwargs = None, 0, {"use_cache": False}
+    if work is not None and (work.keys is not None or any(step.open_after)):
+        keys = SegmentKeys() if work.keys is None else work.keys.map(lambda tensor: tensor)
+        length = keys.get_seq_length()
+        kwargs = {"use_cache": True, "past_key_values": keys}
+        if len(set(step.opened)) > 1:  # to the backbone: a left-padded batch
+            opened = torch.tensor(step.opened, device=device)[:, None]
+            columns = torch.arange(length + width, device=device)
+            kwargs["attention_mask"] = (columns >= length - opened).long()
+            if "position_ids" in inspect.signature(model.decoder.forward).parameters:
+                last = model.config.segment_size + step.num_mem_tokens - 1  # filler may lie beyond
+                kwargs["position_ids"] = (opened + columns[:width]).clamp(max=last)
+    segment = _segment_pass(model, step, states, segments, width, device, work)
+    with segment.active():
+        outputs = model.decoder(
+            inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states, return_dict=True, **kwargs
+        )
+    hidden_states = (outputs.last_hidden_state, *(outputs.hidden_states if output_hidden_states else ()))
+    return hidden_states, segment.states, keys if keys is None else keys.after(step, length)
+
+
+def _segment_pass(
+    model: "ARMTPreTrainedModel",
+    step: Step,
+    states: States,
+    segments: list[int],
+    width: int,
+    device: torch.device,
+    work: ARMTCache | None,
+) -> SegmentPass:
+    segment = SegmentPass(model.memory, dict(states), step.num_mem_tokens)
+    if any(step.closes):
+        starts = {taken for taken, closes in zip(step.taken, step.closes, strict=True) if closes}
+        # Rows that do not write need some column too, any within the input.
+        columns = [min(taken, width - step.num_mem_tokens) for taken in step.taken]
+        segment.write_at = starts.pop() if len(starts) == 1 else torch.tensor(columns, device=device)
+        if not all(step.closes):
+            segment.writing_rows = torch.tensor(step.closes, device=device)
+    if any(segments) and not all(segments):
+        segment.unwritten_rows = torch.tensor([n == 0 for n in segments], device=device)
+    if work is not None and not model.training:
+        segment.statistics = work.statistics
+        if not step.is_uniform:
+            used = [n + step.num_mem_tokens * c for n, c in zip(step.taken, step.closes, strict=True)]
+            segment.filler = torch.arange(width, device=device) >= torch.tensor(used, device=device)[:, None]
+    return segment
+
+
+def _last_of_rows(hidden: torch.Tensor, step: Step, before: torch.Tensor | None) -> torch.Tensor:
+    """`(B, D)`, the hidden state at each row's last real token so far."""
+    if step.is_uniform and step.taken[0] > 0:
+        return hidden[:, step.taken[0] - 1]
+    taken = torch.tensor(step.taken, device=hidden.device)
+    last = hidden[torch.arange(len(taken), device=hidden.device), (taken - 1).clamp(min=0)]
+    return torch.where((taken > 0)[:, None], last, 0 if before is None else before.to(last))
