@@ -178,6 +178,14 @@ def find_decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
     )
 
 
+def find_decoder(backbone: nn.Module, num_layers: int) -> str:
+    """The name of the child of a causal language model that holds its decoder layers."""
+    for name, child in backbone.named_children():
+        if any(isinstance(module, nn.ModuleList) and len(module) == num_layers for module in child.modules()):
+            return name
+    raise ValueError(f"{type(backbone).__name__} has no part with a list of {num_layers} decoder layers.")
+
+
 def attach_memories(decoder: nn.Module, num_layers: int, memory_layers: Iterable[int]) -> None:
     """Puts the hooks on the layers of `decoder` that have a memory."""
     layers = find_decoder_layers(decoder, num_layers)

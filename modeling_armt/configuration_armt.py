@@ -84,6 +84,8 @@ class ARMTConfig(PreTrainedConfig):
         self._validate_memory()
         # The head is the backbone's: whether it is tied is read there, and this copy is what tools look at.
         kwargs["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+        # A configuration hands its attention implementation down, so it must not start with less than the backbone has.
+        kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
         super().__post_init__(**kwargs)
 
     def _validate_memory(self):

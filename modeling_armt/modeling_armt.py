@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .attachment_armt import attach_memories, find_decoder_layers
+from .attachment_armt import attach_memories, find_decoder, find_decoder_layers
 from .cache_armt import ARMTCache
 from .configuration_armt import ARMTConfig
 from .generation_armt import ARMTGenerationMixin
@@ -68,14 +68,19 @@ class ARMTPreTrainedModel(PreTrainedModel):
         # An Embedding rather than a bare parameter: adapters and quantizers look for modules.
         self.memory_tokens = nn.Embedding(config.num_mem_tokens, self.model.get_input_embeddings().embedding_dim)
         self.gradient_checkpointing = False
-        self._check_position_table()
-        attach_memories(self.decoder, backbone.num_hidden_layers, config.memory_layer_indices)
+        self._attach()
         self.post_init()
+
+    def _attach(self):
+        num_layers = self.config.text_config.num_hidden_layers
+        self.decoder_name = find_decoder(self.model, num_layers)
+        self._check_position_table()
+        attach_memories(self.decoder, num_layers, self.config.memory_layer_indices)
 
     @property
     def decoder(self) -> PreTrainedModel:
         """The backbone without its head."""
-        return self.model.base_model
+        return getattr(self.model, self.decoder_name)
 
     @classmethod
     def from_backbone(cls, backbone: PreTrainedModel, **memory_options) -> "ARMTPreTrainedModel":
@@ -98,7 +103,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             model = cls(config)
         model.model = backbone
-        attach_memories(model.decoder, backbone.config.num_hidden_layers, config.memory_layer_indices)
+        model._attach()
         for layer, device in model.layer_devices().items():
             if str(layer) in model.memory:
                 memory = model.memory[str(layer)].float().to_empty(device=device)
@@ -124,10 +129,10 @@ class ARMTPreTrainedModel(PreTrainedModel):
 
     def _check_position_table(self):
         needed = self.config.segment_size + self.config.num_mem_tokens
+        positions = getattr(self.config.text_config, "max_position_embeddings", None)
         for module in self.decoder.modules():
-            if isinstance(module, nn.Embedding) and module is not self.model.get_input_embeddings():
-                positions = module.num_embeddings - getattr(module, "offset", 0)
-                if needed > positions:
+            if isinstance(module, nn.Embedding) and module.num_embeddings - getattr(module, "offset", 0) == positions:
+                if needed > positions and module is not self.model.get_input_embeddings():
                     raise ValueError(
                         f"segment_size + num_mem_tokens is {needed}, but this backbone has learned only {positions} "
                         f"positions. Use a segment_size of at most {positions - self.config.num_mem_tokens}."
@@ -340,6 +345,13 @@ class ARMTModel(ARMTPreTrainedModel):
 class _HiddenStates(nn.Module):
     """Stands in for the backbone's body in front of its head, and passes given hidden states on to it."""
 
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.__dict__["body"] = body  # not as a submodule
+
+    def __getattr__(self, name: str):  # some heads read a scale off the body
+        return getattr(self.__dict__["body"], name)
+
     def forward(self, *args, inputs_embeds: torch.Tensor, **kwargs):
         return _AnyOutput(last_hidden_state=inputs_embeds)
 
@@ -448,7 +460,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
         scaling included. A shallow copy of the backbone runs it, in which hidden states take the place of the body.
         """
         head = copy.copy(self.model)
-        head._modules = {**self.model._modules, self.model.base_model_prefix: _HiddenStates()}
+        head._modules = {**self.model._modules, self.decoder_name: _HiddenStates(self.decoder)}
         return type(self.model).forward(head, inputs_embeds=hidden, use_cache=False, return_dict=True).logits
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor, **kwargs) -> torch.Tensor:

@@ -1,0 +1,233 @@
+"""Conversion of a pretrained decoder into an ARMT checkpoint, and the proof that the result is sound."""
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from ..cache_armt import ARMTCache
+from ..configuration_armt import VARIANTS, ARMTConfig
+from ..modeling_armt import ARMTForCausalLM
+
+
+# What an ARMT layer can be made of: attention whose cache is keys and values by position.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
+class ConversionError(ValueError):
+    """A backbone that cannot become an ARMT model, with the reason."""
+
+
+def convert(
+    backbone: str | Path,
+    out: str | Path,
+    segment_size: int = 1024,
+    num_mem_tokens: int = 16,
+    d_mem: int = 64,
+    variant: str = "v2",
+    memory_layers: list[int] | None = None,
+    dtype: str = "auto",
+) -> ARMTForCausalLM:
+    """
+    Turns a pretrained decoder into an ARMT checkpoint, with memories that add exactly zero until they are trained.
+
+    Args:
+        backbone: folder or Hub id of a causal language model of transformers.
+        out: folder to write; must not exist, or be empty.
+        segment_size, num_mem_tokens, d_mem, memory_layers: see [`ARMTConfig`].
+        variant: `v2`, the authors' current model, or `paper`, the formula of the paper.
+        dtype: of the backbone's weights; `auto` keeps the checkpoint's. Memories are float32.
+
+    Returns:
+        The model that was saved.
+
+    Raises:
+        ConversionError: if the backbone cannot be loaded, or fails a check of [`check_conversion`].
+        FileExistsError: if there is something in `out`.
+    """
+    with staged_folder(out) as folder:
+        source = load_backbone(backbone, dtype)
+        options = {"segment_size": segment_size, "num_mem_tokens": num_mem_tokens, "d_mem": d_mem}
+        model = attach_checked(source, **options, memory_layers=memory_layers, **VARIANTS[variant])
+        copy_text_files(backbone, folder)
+        model.generation_config.cache_implementation = None  # some families ask for a cache of their own
+        model.save_pretrained(folder)
+    return model
+
+
+def load_backbone(backbone: str | Path, dtype: str = "auto") -> PreTrainedModel:
+    """Loads a plain decoder with all its weights, or says why it is not one."""
+    name = str(backbone)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConversionError(f"{name} is not a model that transformers can load: {error}") from error
+    if isinstance(config, ARMTConfig):
+        raise ConversionError(f"{name} is an ARMT checkpoint already.")
+    if config.is_encoder_decoder or config.get_text_config() is not config:
+        raise ConversionError(
+            f"{name} is a {config.model_type} model, which is more than a decoder of text. ARMT needs a plain decoder; "
+            "save the text part as a checkpoint of its own and convert that."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConversionError(f"{name} is quantized. Convert the original weights and quantize the ARMT checkpoint.")
+    other_layers = set(getattr(config, "layer_types", None) or []) - ATTENTION_LAYERS
+    if other_layers:
+        raise ConversionError(
+            f"{name} is a {config.model_type} model with {', '.join(sorted(other_layers))} layers. Their recurrent "
+            "state cannot be cut into segments; ARMT needs attention layers only."
+        )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # a damaged file raises whatever its format's reader does
+        raise ConversionError(f"{name} cannot be loaded, its files may be damaged or incomplete: {error}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:3])
+        raise ConversionError(f"{name} lacks {len(info['missing_keys'])} of its weights: {missing}, ...")
+    return model.eval()
+
+
+def attach_checked(backbone: PreTrainedModel, **memory_options) -> ARMTForCausalLM:
+    """[`ARMTForCausalLM.from_backbone`], with the checks of [`check_conversion`]."""
+    family = backbone.config.model_type
+    config = ARMTConfig(text_config=backbone.config, **memory_options)  # bad options are not the family's fault
+    ids = probe_ids(config)
+    try:
+        with torch.no_grad():
+            native = backbone(ids[:, : probe_segment(config)], use_cache=False).logits
+        model = ARMTForCausalLM.from_backbone(backbone, **memory_options)
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError, IndexError, KeyError) as error:
+        raise ConversionError(f"{family} models cannot carry a memory: {type(error).__name__}: {error}") from error
+    try:
+        check_conversion(model, ids, native)
+    except ConversionError as error:
+        raise ConversionError(f"{family} models cannot carry a memory: {error}") from error
+    except Exception as error:  # whatever a family that was never meant for this raises
+        raise ConversionError(
+            f"{family} models cannot carry a memory: {type(error).__name__} in the probe: {error}"
+        ) from error
+    return model
+
+
+def probe_segment(config: ARMTConfig) -> int:
+    """A short segment for the probe, but longer than the backbone's sliding window where segments will be."""
+    windows = [
+        getattr(config.text_config, name, None) for name in ("sliding_window", "window_size", "attention_chunk_size")
+    ]
+    longest = max(
+        [window for window in windows if isinstance(window, int) and window < config.segment_size], default=8
+    )
+    return min(config.segment_size, longest + 8)
+
+
+def probe_ids(config: ARMTConfig) -> torch.Tensor:
+    """`(1, T)` random ids, two and a half probe segments."""
+    generator = torch.Generator().manual_seed(0)
+    length = probe_segment(config) * 5 // 2 + 1
+    return torch.randint(config.text_config.vocab_size, (1, length), generator=generator)
+
+
+@torch.no_grad()
+def check_conversion(model: ARMTForCausalLM, ids: torch.Tensor, native: torch.Tensor) -> None:
+    """
+    Checks on a short text that a model is what its backbone was, plus a working memory: one segment has the backbone's
+    own logits to the bit, every memory is read and written, what is written moves the logits of the next segment and
+    of no earlier one, and reading with a cache, alone or left-padded in a batch, gives what reading at once does.
+
+    Args:
+        model: a fresh conversion.
+        ids: `(1, T)`, more than two probe segments.
+        native: `(1, segment, vocabulary)`, the logits of the untouched backbone for the first segment.
+
+    Raises:
+        ConversionError: naming the check that failed.
+        RuntimeError: if the hooks do not fire.
+    """
+    ids = ids.to(model.device)
+    segment_size, segment = model.config.segment_size, probe_segment(model.config)
+    values = {layer: memory.memory_value.weight.clone() for layer, memory in model.memory.items()}
+    model.config.segment_size = segment
+    try:
+        if not torch.equal(model(ids[:, :segment], use_cache=False).logits, native):
+            raise ConversionError("a single segment does not have the backbone's own logits.")
+        fresh = model(ids, use_cache=False).logits
+        for memory in model.memory.values():
+            torch.nn.init.normal_(memory.memory_value.weight, std=0.1 * memory.memory_value.in_features**-0.5)
+        moved = model(ids, use_cache=False).logits
+        if not torch.equal(fresh[:, :segment], moved[:, :segment]):
+            raise ConversionError("what is written to memory changes the segment that wrote it.")
+        if torch.equal(fresh[:, segment:], moved[:, segment:]):
+            raise ConversionError("what is written to memory does not reach the next segment.")
+        _check_cached(model, ids, moved)
+    finally:
+        model.config.segment_size = segment_size
+        for layer, memory in model.memory.items():
+            memory.memory_value.weight.copy_(values[layer])
+
+
+def _check_cached(model: ARMTForCausalLM, ids: torch.Tensor, logits: torch.Tensor) -> None:
+    half = ids.shape[1] // 2
+    cache = ARMTCache()
+    parts = [model(part, past_key_values=cache).logits for part in (ids[:, :half], ids[:, half:])]
+    padding = torch.tensor([[0] * 3 + [1] * ids.shape[1], [1] * (ids.shape[1] + 3)], device=ids.device)
+    rows = torch.nn.functional.pad(ids, (3, 0)).expand(2, -1)
+    cache = ARMTCache()
+    padded = [
+        model(rows[:, :half], attention_mask=padding[:, :half], past_key_values=cache).logits,
+        model(rows[:, half:], attention_mask=padding, past_key_values=cache).logits,
+    ]
+    tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.05  # of the logits' spread, on average
+    for name, found in {"with a cache": torch.cat(parts, 1), "left-padded": torch.cat(padded, 1)[:1, 3:]}.items():
+        error = ((found - logits).abs().mean() / logits.std()).item()
+        if not error < tolerance:
+            raise ConversionError(f"reading {name} gives other logits than reading at once (off by {error:.1e}).")
+
+
+@contextmanager
+def staged_folder(out: str | Path) -> Iterator[Path]:
+    """
+    A folder that appears as a whole or not at all: yields a temporary one beside `out` and renames it at the end.
+
+    Raises:
+        FileExistsError: if `out` is a file, or a folder with something in it.
+    """
+    out = Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise FileExistsError(
+            f"{out} exists and is not empty; nothing was changed. Name another folder, or remove it."
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        yield folder
+        umask = os.umask(0)
+        os.umask(umask)
+        folder.chmod(0o777 & ~umask)  # mkdtemp makes folders for one user only
+        if out.is_dir():
+            out.rmdir()
+        folder.rename(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def copy_text_files(backbone: str | Path, folder: Path) -> None:
+    """Copies tokenizer, chat template and generation config of a backbone, as far as it has them."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+    except (OSError, ValueError, KeyError) as error:
+        warnings.warn(f"{backbone} comes without a tokenizer, so the checkpoint has none: {error}", stacklevel=2)
+    else:
+        tokenizer.model_max_length = int(1e30)  # there is no longest input any more
+        tokenizer.save_pretrained(folder)
+    try:
+        generation_config = GenerationConfig.from_pretrained(str(backbone))
+    except OSError:
+        return
+    generation_config.cache_implementation = None  # some families ask for a cache of their own
+    generation_config.save_pretrained(folder)

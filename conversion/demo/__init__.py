@@ -1,0 +1,1 @@
+"""The demonstration behind `armt demo`, and the small backbone it uses."""
