@@ -1,1 +1,1 @@
-"""The pipeline around ARMT models: conversion, adapters, import of the authors' checkpoints, and the `armt` command."""
+"""The pipeline around ARMT models: conversion, adapters, import of the authors' checkpoints, the `armt` command."""

@@ -21,8 +21,8 @@ def lora_config(model: ARMTForCausalLM, r: int = 16, lora_alpha: int = 32, **opt
         options: other fields of `peft.LoraConfig`, such as `lora_dropout` or narrower `target_modules`.
 
     Returns:
-        A configuration that puts LoRA on all attention and MLP linears of the backbone's layers and saves the memory in
-        full, for `peft.get_peft_model(model, lora_config(model))`.
+        A configuration that puts LoRA on all attention and MLP linears of the backbone's layers and saves the memory
+        in full, for `peft.get_peft_model(model, lora_config(model))`.
     """
     layers = {
         name.rsplit(".", 1)[-1]

@@ -72,7 +72,7 @@ def load_backbone(backbone: str | Path, dtype: str = "auto") -> PreTrainedModel:
         raise ConversionError(f"{name} is an ARMT checkpoint already.")
     if config.is_encoder_decoder or config.get_text_config() is not config:
         raise ConversionError(
-            f"{name} is a {config.model_type} model, which is more than a decoder of text. ARMT needs a plain decoder; "
+            f"{name} is a {config.model_type} model, more than a decoder of text. ARMT needs a plain decoder; "
             "save the text part as a checkpoint of its own and convert that."
         )
     if getattr(config, "quantization_config", None) is not None:

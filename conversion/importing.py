@@ -118,7 +118,7 @@ def _backbone_config(backbone: str | Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(str(backbone))
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"the backbone {backbone} is not a model that transformers knows: {error}") from error
+        raise CheckpointError(f"the configuration of the backbone {backbone} cannot be loaded: {error}") from error
     if isinstance(config, ARMTConfig):
         raise CheckpointError(f"the backbone {backbone} is an ARMT checkpoint. Name the plain model it came from.")
     return config
@@ -141,7 +141,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]
             pickled = file.suffix != ".safetensors"
             found = torch.load(file, map_location="cpu", weights_only=True) if pickled else load_file(file)
         except Exception as error:  # every format has errors of its own for what is damaged
-            reason = str(error).partition("\n")[0]
+            reason = re.split(r"[.\n]", str(error))[0]  # torch goes on with how to run a file's code after all
             raise CheckpointError(
                 f"{file.name} cannot be read: it is incomplete, damaged, or more than weights. Copy it again. "
                 f"({type(error).__name__}: {reason})"

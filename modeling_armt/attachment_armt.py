@@ -142,8 +142,8 @@ class SegmentPass:
         expected = [(kind, layer) for layer in sorted(self.states) for kind in ("read", "write")]
         if sorted(self.fired) != sorted(expected):
             raise RuntimeError(
-                f"the memory hooks fired as {self.fired}, expected {expected}: the backbone does not run every decoder "
-                "layer exactly once in a forward, so its memory would be wrong. This family cannot carry a memory."
+                f"the memory hooks fired as {self.fired}, expected {expected}: the backbone does not run every "
+                "decoder layer exactly once in a forward, so this family cannot carry a memory."
             )
 
 

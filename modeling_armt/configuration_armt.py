@@ -78,13 +78,13 @@ class ARMTConfig(PreTrainedConfig):
             self.text_config = CONFIG_MAPPING[model_type](**fields)
         if self.text_config is None:
             raise ValueError(
-                "ARMTConfig needs text_config, the configuration of the backbone. To turn a pretrained decoder into an "
-                "ARMT checkpoint run: armt convert BACKBONE --out DIR"
+                "ARMTConfig needs text_config, the configuration of the backbone. To turn a pretrained decoder into "
+                "an ARMT checkpoint run: armt convert BACKBONE --out DIR"
             )
         self._validate_memory()
         # The head is the backbone's: whether it is tied is read there, and this copy is what tools look at.
         kwargs["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
-        # A configuration hands its attention implementation down, so it must not start with less than the backbone has.
+        # A configuration hands its attention implementation down, so it must not start with less than the backbone.
         kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
         super().__post_init__(**kwargs)
 
@@ -111,8 +111,8 @@ class ARMTConfig(PreTrainedConfig):
             raise ValueError(f"armt_version is {self.armt_version!r}; leave it out, the package writes it.")
         if self.armt_version > ARMT_VERSION:
             raise ValueError(
-                f"this checkpoint has armt_version {self.armt_version}, but the code that reads it knows versions up to "
-                f"{ARMT_VERSION}. Upgrade modeling-armt, or uninstall it so that the checkpoint's own code is used."
+                f"this checkpoint has armt_version {self.armt_version}, but the code that reads it knows versions up "
+                f"to {ARMT_VERSION}. Upgrade modeling-armt, or uninstall it so that the checkpoint's own code is used."
             )
         if self.memory_layers is not None:
             self._validate_memory_layers()

@@ -43,8 +43,8 @@ class ARMTGenerationMixin(GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """
-        [`GenerationMixin.generate`] with a prompt of any length. `past_key_values` may be an [`ARMTCache`]: one that an
-        earlier call returned, together with the full ids so far, or a `fork()` or loaded memory, with new ids only.
+        [`GenerationMixin.generate`] with a prompt of any length. `past_key_values` may be an [`ARMTCache`]: one that
+        an earlier call returned, together with the full ids so far, or a `fork()` or loaded memory, with new ids only.
 
         Raises:
             ValueError: for cache implementations and generation modes that a recurrent memory cannot serve.
@@ -52,15 +52,15 @@ class ARMTGenerationMixin(GenerationMixin):
         cache = kwargs.get("past_key_values")
         if cache is not None and not isinstance(cache, ARMTCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; an ARMT model keeps its memory in an ARMTCache, which it "
-                "makes itself. Leave past_key_values out, or pass one that this model returned."
+                f"past_key_values is a {type(cache).__name__}; an ARMT model keeps its memory in an ARMTCache, which "
+                "it makes itself. Leave past_key_values out, or pass one that this model returned."
             )
         for config in (kwargs.get("generation_config"), self.generation_config):
             implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
             if implementation not in (None, "dynamic"):
                 raise ValueError(
-                    f"cache_implementation={implementation!r} does not fit a recurrent memory: an ARMTCache has constant "
-                    "size as it is. Leave the option out."
+                    f"cache_implementation={implementation!r} does not fit a recurrent memory: an ARMTCache has "
+                    "constant size as it is. Leave the option out."
                 )
         token = _finished_rows.set(None)
         try:

@@ -127,7 +127,7 @@ class AssociativeMemory(nn.Module):
             state: the memory after the previous segment.
 
         Returns:
-            The new layer input `(B, P, D)` in the dtype of `x`, and the denominators q . z + eps `(B, P)` (None without).
+            The new layer input `(B, P, D)` in the dtype of `x`, and the denominators q . z + eps `(B, P)`, or None.
         """
         with torch.autocast(x.device.type, enabled=False):  # float32 also under mixed precision
             q = self._features(self._project(self.memory_query, x))  # (B, P, K)

@@ -95,8 +95,8 @@ def load_memory(model: PreTrainedModel, path: str | os.PathLike) -> ARMTCache:
         )
     if metadata["model"] != model_identity(model):
         raise ValueError(
-            f"{path} belongs to another model: its configuration or weights differ from this one's. A memory only means "
-            "something to the model that wrote it; load that model, or read the text again."
+            f"{path} belongs to another model: its configuration or weights differ from this one's. A memory only "
+            "means something to the model that wrote it; load that model, or read the text again."
         )
     cache = ARMTCache()
     for name, value in json.loads(metadata["rows"]).items():

@@ -22,6 +22,7 @@ from .attachment_armt import attach_memories, find_decoder, find_decoder_layers
 from .cache_armt import ARMTCache
 from .configuration_armt import ARMTConfig
 from .generation_armt import ARMTGenerationMixin
+from .head_armt import run_head
 from .memory_armt import AssociativeMemory
 from .memory_file_armt import load_memory, save_memory
 from .segmentation_armt import OutputColumns, RealTokens, Step, plan_steps
@@ -129,14 +130,15 @@ class ARMTPreTrainedModel(PreTrainedModel):
 
     def _check_position_table(self):
         needed = self.config.segment_size + self.config.num_mem_tokens
-        positions = getattr(self.config.text_config, "max_position_embeddings", None)
-        for module in self.decoder.modules():
-            if isinstance(module, nn.Embedding) and module.num_embeddings - getattr(module, "offset", 0) == positions:
-                if needed > positions and module is not self.model.get_input_embeddings():
-                    raise ValueError(
-                        f"segment_size + num_mem_tokens is {needed}, but this backbone has learned only {positions} "
-                        f"positions. Use a segment_size of at most {positions - self.config.num_mem_tokens}."
-                    )
+        positions = getattr(self.config.text_config, "max_position_embeddings", None) or needed
+        embeddings = [module for module in self.decoder.modules() if isinstance(module, nn.Embedding)]
+        embeddings = [module for module in embeddings if module is not self.model.get_input_embeddings()]
+        is_table = any(module.num_embeddings - getattr(module, "offset", 0) == positions for module in embeddings)
+        if is_table and needed > positions:
+            raise ValueError(
+                f"segment_size + num_mem_tokens is {needed}, but this backbone has learned {positions} positions. "
+                f"Use a segment_size of at most {positions - self.config.num_mem_tokens}."
+            )
 
     def layer_devices(self) -> dict[int, torch.device]:
         """The device of every decoder layer."""
@@ -242,8 +244,8 @@ class ARMTPreTrainedModel(PreTrainedModel):
         low, high = (int(value) for value in torch.aminmax(input_ids))
         if low < 0 or high >= size:
             raise ValueError(
-                f"input_ids holds token id {low if low < 0 else high}, but the vocabulary has ids 0 to {size - 1}. Was "
-                "the text tokenized with this checkpoint's tokenizer?"
+                f"input_ids holds token id {low if low < 0 else high}, but the vocabulary has ids 0 to {size - 1}. "
+                "Was the text tokenized with this checkpoint's tokenizer?"
             )
 
     def _own_columns(
@@ -256,8 +258,8 @@ class ARMTPreTrainedModel(PreTrainedModel):
         before = 0 if cache is None else cache.columns
         if attention_mask.dim() != 2 or attention_mask.shape[1] not in (num_columns, before + num_columns):
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be ({batch_size}, {num_columns}), or "
-                f"({batch_size}, {before + num_columns}) with the columns read before."
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be ({batch_size}, {num_columns}), "
+                f"or ({batch_size}, {before + num_columns}) with the columns read before."
             )
         return attention_mask[:, -num_columns:]
 
@@ -340,33 +342,6 @@ class ARMTModel(ARMTPreTrainedModel):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
         return output if return_dict is not False else output.to_tuple()
-
-
-class _HiddenStates(nn.Module):
-    """Stands in for the backbone's body in front of its head, and passes given hidden states on to it."""
-
-    def __init__(self, body: nn.Module):
-        super().__init__()
-        self.__dict__["body"] = body  # not as a submodule
-
-    def __getattr__(self, name: str):  # some heads read a scale off the body
-        return getattr(self.__dict__["body"], name)
-
-    def forward(self, *args, inputs_embeds: torch.Tensor, **kwargs):
-        return _AnyOutput(last_hidden_state=inputs_embeds)
-
-    @property
-    def decoder(self) -> nn.Module:  # opt's head looks for the body one level down
-        return self
-
-
-class _AnyOutput(BaseModelOutputWithPast):
-    """An output without any of the extras that a family's head may hand on (router logits, cross attentions, ...)."""
-
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
 
 
 class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
@@ -455,13 +430,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
         return int(wanted.min()), int(wanted.max()) + 1
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """
-        `(B, L, D)` hidden states to `(B, L, vocabulary)` logits, by the backbone's own code after its body, softcap and
-        scaling included. A shallow copy of the backbone runs it, in which hidden states take the place of the body.
-        """
-        head = copy.copy(self.model)
-        head._modules = {**self.model._modules, self.decoder_name: _HiddenStates(self.decoder)}
-        return type(self.model).forward(head, inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+        return run_head(self.model, self.decoder_name, hidden)
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.loss_function(

@@ -53,7 +53,7 @@ class RealTokens:
 
     Attributes:
         counts: real tokens per row.
-        columns: `(B, T)`, column of each row's i-th real token (past `counts[b]` of the padding); None without padding.
+        columns: `(B, T)`, column of each row's i-th real token (past `counts[b]` of the padding), None without it.
         rank: `(B, T)`, for every column the index of the last real token at or before it, -1 before the first; None
             without padding.
         real: `(B, T)` bool, which columns hold a real token; None without padding.
@@ -76,8 +76,8 @@ class RealTokens:
         Takes a step's tokens out of a `(B, T, ...)` tensor.
 
         Returns:
-            `(B, max(step.taken), ...)`, packed to the left; past a row's tokens: the row's other entries if there is no
-            padding to skip, else `fill`.
+            `(B, max(step.taken), ...)`, packed to the left; past a row's tokens: the row's other entries if there is
+            no padding to skip, else `fill`.
         """
         length = max(step.taken)
         if self.columns is None and step.is_uniform:

@@ -89,7 +89,7 @@ def run_demo(out: str | Path, seed: int = 0) -> dict:
         model = convert(backbone, folder / "converted", SEGMENT_SIZE, NUM_MEM_TOKENS, D_MEM)
         tokenizer = AutoTokenizer.from_pretrained(folder / "converted")
         console.print(
-            f"A Llama of {model.model.num_parameters():,} parameters, trained on English novels, now reads segments of "
+            f"A Llama of {model.model.num_parameters():,} parameters, trained on English novels, reads segments of "
             f"{SEGMENT_SIZE} tokens and carries {NUM_MEM_TOKENS} memory tokens a segment into an associative memory "
             f"({sum(p.numel() for p in model.memory.parameters()):,} parameters)."
         )
