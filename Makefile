@@ -22,11 +22,12 @@ export PIP_NO_CACHE_DIR := 1
 .PHONY: demo test lint format clean
 
 demo: $(VENV)/installed
-	$(BIN)/armt demo
+	rm -rf armt-demo
+	$(BIN)/armt demo --out armt-demo
 
 # One torch thread to a worker: two workers with a thread pool each would fight over two cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --timeout $(TEST_TIMEOUT)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --timeout $(TEST_TIMEOUT)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -37,7 +38,7 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf $(VENV) .cache armt-demo .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: its pinned build is settled before anything that depends on it can ask for another one.

@@ -220,8 +220,10 @@ def copy_text_files(backbone: str | Path, folder: Path) -> None:
     """Copies tokenizer, chat template and generation config of a backbone, as far as it has them."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(backbone))
-    except (OSError, ValueError, KeyError) as error:
-        warnings.warn(f"{backbone} comes without a tokenizer, so the checkpoint has none: {error}", stacklevel=2)
+    except (OSError, ValueError, KeyError):
+        tokenizer = ()
+    if len(tokenizer) < 8:  # without files some families get an empty tokenizer instead of an error
+        warnings.warn(f"{backbone} comes without a tokenizer, so the checkpoint has none.", stacklevel=2)
     else:
         tokenizer.model_max_length = int(1e30)  # there is no longest input any more
         tokenizer.save_pretrained(folder)

@@ -44,6 +44,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
     # The backbone checks its own support when it is built.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ["AssociativeMemory"]
+    # The memories and the memory tokens: both names start so.
     _keep_in_fp32_modules = ["memory"]
     _keep_in_fp32_modules_strict = ["memory"]
 
@@ -107,13 +108,16 @@ class ARMTPreTrainedModel(PreTrainedModel):
         model._attach()
         for layer, device in model.layer_devices().items():
             if str(layer) in model.memory:
-                memory = model.memory[str(layer)].float().to_empty(device=device)
+                memory = model.memory[str(layer)].to_empty(device=device)
                 model._init_weights(memory)
         embedding = backbone.get_input_embeddings()
-        model.memory_tokens.to_empty(device=embedding.weight.device).to(embedding.weight.dtype)
+        model.memory_tokens.to_empty(device=embedding.weight.device)
         # As large as what the embedding returns, which some families scale.
         sample = embedding(torch.arange(min(1000, embedding.num_embeddings), device=embedding.weight.device))
         nn.init.normal_(model.memory_tokens.weight, std=sample.float().std().item())
+        memory_dtype = torch.promote_types(embedding.weight.dtype, torch.float32)
+        model.memory.to(memory_dtype)
+        model.memory_tokens.to(memory_dtype)
         model.generation_config = copy.deepcopy(backbone.generation_config)
         return model.train(backbone.training)
 

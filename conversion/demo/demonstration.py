@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArgume
 from ...modeling_armt import ARMTForCausalLM
 from ..adapters import lora_config, merge, parameter_groups
 from ..convert import convert, staged_folder
+from . import BACKBONE
 from .recall import PLACES, THINGS, RecallTask, Sample
 
 
@@ -84,9 +84,8 @@ def run_demo(out: str | Path, seed: int = 0) -> dict:
     console = Console()
     set_seed(seed)
     with staged_folder(out) as folder:
-        backbone = files(__package__) / "backbone"
         console.rule("1. Convert")
-        model = convert(backbone, folder / "converted", SEGMENT_SIZE, NUM_MEM_TOKENS, D_MEM)
+        model = convert(BACKBONE, folder / "converted", SEGMENT_SIZE, NUM_MEM_TOKENS, D_MEM)
         tokenizer = AutoTokenizer.from_pretrained(folder / "converted")
         console.print(
             f"A Llama of {model.model.num_parameters():,} parameters, trained on English novels, reads segments of "

@@ -1,0 +1,29 @@
+"""What a newcomer types must work as written: the Python blocks of the README run, in order, in a fresh process."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def test_python_blocks_run_in_order(tmp_path):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) >= 4
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "ARMTCache(tokens=[" in result.stdout
+    assert (tmp_path / "my-armt-trained" / "model.safetensors").is_file()
+
+
+def test_every_linked_file_exists():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", README.read_text(encoding="utf-8"))
+    assert links
+    missing = [link for link in links if not (README.parent / link).exists()]
+    assert not missing
