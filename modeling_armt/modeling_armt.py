@@ -68,7 +68,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
             }
         )
         # An Embedding rather than a bare parameter: adapters and quantizers look for modules.
-        self.memory_tokens = nn.Embedding(config.num_mem_tokens, self.model.get_input_embeddings().embedding_dim)
+        self.memory_tokens = nn.Embedding(config.num_mem_tokens, self.get_input_embeddings().embedding_dim)
         self.gradient_checkpointing = False
         self._attach()
         self.post_init()
@@ -83,6 +83,20 @@ class ARMTPreTrainedModel(PreTrainedModel):
     def decoder(self) -> PreTrainedModel:
         """The backbone without its head."""
         return getattr(self.model, self.decoder_name)
+
+    # Embeddings and head are the backbone's: resizing and quantizers find them through these.
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.model.set_output_embeddings(value)
 
     @classmethod
     def from_backbone(cls, backbone: PreTrainedModel, **memory_options) -> "ARMTPreTrainedModel":
@@ -136,7 +150,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         needed = self.config.segment_size + self.config.num_mem_tokens
         positions = getattr(self.config.text_config, "max_position_embeddings", None) or needed
         embeddings = [module for module in self.decoder.modules() if isinstance(module, nn.Embedding)]
-        embeddings = [module for module in embeddings if module is not self.model.get_input_embeddings()]
+        embeddings = [module for module in embeddings if module is not self.get_input_embeddings()]
         is_table = any(module.num_embeddings - getattr(module, "offset", 0) == positions for module in embeddings)
         if is_table and needed > positions:
             raise ValueError(
@@ -244,7 +258,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         return tokens, steps, run
 
     def _check_ids(self, input_ids: torch.Tensor):
-        size = self.model.get_input_embeddings().num_embeddings
+        size = self.get_input_embeddings().num_embeddings
         low, high = (int(value) for value in torch.aminmax(input_ids))
         if low < 0 or high >= size:
             raise ValueError(

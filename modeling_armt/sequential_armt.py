@@ -77,7 +77,7 @@ def run_steps(
 
 def embed_step(model: "ARMTPreTrainedModel", source: torch.Tensor, tokens: RealTokens, step: Step) -> torch.Tensor:
     """`(B, P, D)` input of a step: its tokens, and the memory tokens of the segments that close."""
-    embedding = model.model.get_input_embeddings()
+    embedding = model.get_input_embeddings()
     packed = tokens.pack(source, step)
     if not source.is_floating_point():
         packed = embedding(packed if embedding.weight.is_meta else packed.to(embedding.weight.device))

@@ -1,6 +1,8 @@
 """What several test files do with a model."""
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from families import PAD
@@ -42,3 +44,28 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference; nan if either has one."""
     assert a.shape == b.shape
     return (a - b).abs().max().item() if a.numel() else 0.0
+
+
+def cache_contents(cache: ARMTCache) -> dict[str, Any]:
+    """A deep copy of all that a cache holds, by name."""
+    tensors = {"last_hidden": cache.last_hidden}
+    for layer, state in cache.states.items():
+        if state is not None:
+            tensors |= {f"A.{layer}": state.A, f"z.{layer}": state.z}
+    for number, layer in enumerate([] if cache.keys is None else cache.keys.layers):
+        tensors |= {f"keys.{number}": layer.keys, f"values.{number}": layer.values}
+    for name, by_layer in vars(cache.statistics).items():
+        tensors |= {f"{name}.{layer}": tensor for layer, tensor in by_layer.items()}
+    numbers = {name: copy.copy(getattr(cache, name)) for name in ("opened", "segments", "tokens", "columns")}
+    return {"tensors": {name: t.clone() for name, t in tensors.items() if t is not None}, **numbers}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested structures of plain values and tensors are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b

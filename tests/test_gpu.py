@@ -1,0 +1,110 @@
+"""What only a GPU can show: devices, bfloat16, peak memory. Run with `pytest -m gpu`."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from modeling_armt import ARMTForCausalLM
+
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.fixture(scope="module")
+def backbone_config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        eos_token_id=None,
+    )
+
+
+def make_model(config: LlamaConfig, dtype: torch.dtype) -> ARMTForCausalLM:
+    torch.manual_seed(0)
+    backbone = LlamaForCausalLM(config).to("cuda", dtype).eval()
+    model = ARMTForCausalLM.from_backbone(backbone, segment_size=64, num_mem_tokens=8, d_mem=16)
+    for memory in model.memory.values():
+        torch.nn.init.normal_(memory.memory_value.weight, std=0.01)
+    return model
+
+
+def random_ids(rows: int, columns: int) -> torch.Tensor:
+    return torch.randint(1000, (rows, columns), generator=torch.Generator().manual_seed(1)).cuda()
+
+
+@torch.no_grad()
+def test_ragged_batch_in_chunks_gives_the_logits_of_each_row_alone(backbone_config):
+    model = make_model(backbone_config, torch.float64)
+    ids, mask = random_ids(3, 300), torch.ones(3, 300, dtype=torch.long, device="cuda")
+    mask[0, :100], mask[1, 250:] = 0, 0
+    first = model(ids[:, :130], attention_mask=mask[:, :130])
+    rest = model(ids[:, 130:], attention_mask=mask, past_key_values=first.past_key_values)
+    logits = torch.cat([first.logits, rest.logits], dim=1)
+    for row in range(3):
+        real = mask[row] == 1
+        alone = model(ids[row, real][None], use_cache=False).logits[0]
+        torch.testing.assert_close(logits[row, real], alone, atol=1e-9, rtol=0)
+
+
+@torch.no_grad()
+def test_bfloat16_keeps_projections_and_state_in_float32(backbone_config):
+    model = make_model(backbone_config, torch.bfloat16)
+    output = model(random_ids(2, 300))
+    assert output.logits.dtype == torch.bfloat16
+    assert {state.A.dtype for state in output.past_key_values.states.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.memory.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_peak_memory_does_not_grow_with_the_text(backbone_config):
+    model = make_model(backbone_config, torch.bfloat16)
+    peaks = []
+    for length in (5_000, 50_000):
+        ids = random_ids(1, length).cpu()  # the text itself may stay off the GPU
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        model(ids, logits_to_keep=1)
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert peaks[1] <= 1.01 * peaks[0]
+
+
+def test_mixed_precision_training_with_checkpointing_has_finite_equal_gradients(backbone_config):
+    model = make_model(backbone_config, torch.float32).train()
+    ids, gradients = random_ids(2, 300), []
+    for checkpointing in (False, True):
+        model._set_gradient_checkpointing(checkpointing)
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(ids, labels=ids, return_logits=False).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(gradient.isfinite().all() for gradient in gradients[0])
+    for plain, checkpointed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, checkpointed, atol=1e-6, rtol=1e-3)
+
+
+def test_a_memory_saved_on_the_gpu_answers_on_the_cpu(backbone_config, tmp_path):
+    model = make_model(backbone_config, torch.float32)
+    ids = random_ids(1, 300)
+    with torch.no_grad():
+        memory = model(ids, logits_to_keep=1).past_key_values
+        model.save_memory(memory, tmp_path / "memory.safetensors")
+        here = model(ids[:, :40], past_key_values=memory.fork()).logits.cpu()
+        model.to("cpu")
+        there = model(ids[:, :40].cpu(), past_key_values=model.load_memory(tmp_path / "memory.safetensors")).logits
+    torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_generate_streams_a_left_padded_batch(backbone_config):
+    model = make_model(backbone_config, torch.bfloat16)
+    ids, mask = random_ids(2, 150), torch.ones(2, 150, dtype=torch.long, device="cuda")
+    mask[0, :30] = 0
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=100, do_sample=False)
+    assert output.shape == (2, 250)
