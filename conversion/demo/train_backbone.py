@@ -57,8 +57,8 @@ sequences of {context} tokens ({tokens_seen:,} tokens) in {train_seconds:.0f} s 
 learning rate {lr:g}, cosine schedule with warm-up. `training.json` holds the command and the loss curve.
 
 The sequences are random windows of the books. In {repeat_share:.0%} of them a snippet of {snippet_min} to
-{snippet_max} tokens stands a second time further on, in place of the text there, so that copying across distance
-pays off. The last rows under Numbers show how well the model copies.
+{snippet_max} tokens stands a second time further on, in place of the text there, to reward copying from the context.
+How far that went is among the numbers below: a model that copies finds the second copy easier than the first.
 
 ## Data
 {novels} public-domain English novels, dated {first_year}-{last_year}, from "100 English Novels" and ELTeC-eng (whose
