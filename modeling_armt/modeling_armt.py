@@ -214,11 +214,12 @@ class ARMTPreTrainedModel(PreTrainedModel):
         inputs_embeds: torch.FloatTensor | None,
         attention_mask: torch.Tensor | None,
         cache: ARMTCache | None,
+        whole: bool,
         bptt_segments: int | None = None,
         output_hidden_states: bool = False,
     ) -> tuple[RealTokens, list[Step], Callable[..., Iterator[tuple[Step, tuple[torch.Tensor, ...]]]]]:
         """
-        Checks the input and cuts it into steps.
+        Checks the input and cuts it into steps. `whole` says that it is not one of several parts of a text.
 
         Returns:
             Where the real tokens are, the steps, and [`run_steps`] to run them with.
@@ -232,7 +233,8 @@ class ARMTPreTrainedModel(PreTrainedModel):
         if input_ids is not None and (num_columns > 1 or input_ids.device.type == "cpu"):
             self._check_ids(input_ids)
         tokens = RealTokens(batch_size, num_columns, self._own_columns(attention_mask, source, cache))
-        if 0 in tokens.counts and (cache is None or cache.columns == 0 and not any(cache.tokens)):
+        # With a cache of the caller's, a row may be padding now and have its tokens in another call.
+        if 0 in tokens.counts and whole:
             raise ValueError(
                 f"row {tokens.counts.index(0)} is all padding: there is nothing to read in it. Drop the row, or mark "
                 "its tokens with 1 in attention_mask."
@@ -244,17 +246,16 @@ class ARMTPreTrainedModel(PreTrainedModel):
             )
         if bptt_segments is not None and (not isinstance(bptt_segments, int) or bptt_segments < 1):
             raise ValueError(f"bptt_segments is {bptt_segments!r}; it must be at least 1, or None for no truncation.")
-        if cache is not None and cache.batch_size != batch_size:
-            if cache.batch_size == 1:  # one memory, many questions
-                cache.batch_repeat_interleave(batch_size)
-            elif cache.batch_size != -1:
-                raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}.")
-        opened = cache.opened if cache is not None and cache.opened else [0] * batch_size
+        if cache is not None and cache.batch_size not in (batch_size, 1, -1):
+            raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}.")
+        opened = [0] * batch_size
+        if cache is not None and cache.opened:
+            opened = cache.opened * (batch_size // cache.batch_size)
         config = self.config
         steps = list(
             plan_steps(tokens.counts, opened, config.segment_size, config.num_mem_tokens, cached=cache is not None)
         )
-        run = partial(run_steps, self, source, tokens, steps, cache, bptt_segments, bool(output_hidden_states))
+        run = partial(run_steps, self, source, tokens, steps, cache, bptt_segments, output_hidden_states)
         return tokens, steps, run
 
     def _check_ids(self, input_ids: torch.Tensor):
@@ -280,6 +281,18 @@ class ARMTPreTrainedModel(PreTrainedModel):
                 f"or ({batch_size}, {before + num_columns}) with the columns read before."
             )
         return attention_mask[:, -num_columns:]
+
+    def _read_columns(
+        self, columns: OutputColumns, run: Iterator, cache: ARMTCache | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Runs all steps; returns `(last hidden state, hidden states of all layers ...)` in the wanted columns."""
+        before = None if cache is None else cache.last_hidden
+        for step, outputs in run:
+            columns.add(step, outputs)
+        if before is None and not columns.empty:  # no row has had a token yet
+            width = self.get_output_embeddings().weight.shape[-1]
+            before = torch.zeros(columns.tokens.batch_size, width, dtype=self.dtype, device=self.device)
+        return columns.collect(before)
 
     @torch.no_grad()
     def close_segment(self, cache: ARMTCache) -> None:
@@ -351,9 +364,14 @@ class ARMTModel(ARMTPreTrainedModel):
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         tokens, _, run = self._read(
-            input_ids, inputs_embeds, attention_mask, cache, output_hidden_states=output_hidden_states
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            cache,
+            whole=past_key_values is None,
+            output_hidden_states=bool(output_hidden_states),
         )
-        hidden, *hidden_states = read_columns(OutputColumns(tokens, 0, tokens.num_columns), run(), cache)
+        hidden, *hidden_states = self._read_columns(OutputColumns(tokens, 0, tokens.num_columns), run(), cache)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,
@@ -414,13 +432,19 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
         tokens, steps, run = self._read(
-            input_ids, inputs_embeds, attention_mask, cache, bptt_segments, bool(output_hidden_states)
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            cache,
+            whole=past_key_values is None,
+            bptt_segments=bptt_segments,
+            output_hidden_states=bool(output_hidden_states),
         )
         loss = logits = hidden_states = None
         if return_logits:
             first, last = self._columns_to_keep(logits_to_keep, tokens.num_columns)
             columns = OutputColumns(tokens, 0 if output_hidden_states else first, last)
-            hidden, *hidden_states = read_columns(columns, run(), cache)
+            hidden, *hidden_states = self._read_columns(columns, run(), cache)
             hidden = hidden[:, first - columns.first :]
             if isinstance(logits_to_keep, torch.Tensor):
                 hidden = hidden[:, logits_to_keep.to(hidden.device) % tokens.num_columns - first]
@@ -480,14 +504,6 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
                 # Checkpointed, so that no segment's logits are kept for the backward pass.
                 loss = loss + checkpoint(segment_loss, hidden, target, use_reentrant=False).to(loss.device)
         return loss if sum(counts) else loss / 0  # as stock models: the mean of nothing is nan
-
-
-def read_columns(columns: OutputColumns, run: Iterator, cache: ARMTCache | None) -> tuple[torch.Tensor, ...]:
-    """Runs all steps and returns `(last hidden state, hidden states of all layers ...)` in the wanted columns."""
-    before = None if cache is None else cache.last_hidden
-    for step, outputs in run:
-        columns.add(step, outputs)
-    return columns.collect(before)
 
 
 ARMTModel.register_for_auto_class("AutoModel")

@@ -52,6 +52,8 @@ def run_steps(
     segments, work = [0] * tokens.batch_size, None
     if cache is not None:
         work = cache.fork()  # the caller's cache changes all at once, at the end
+        if work.batch_size == 1 < tokens.batch_size:  # one memory, many questions
+            work.batch_repeat_interleave(tokens.batch_size)
         states |= work.states
         segments = work.segments or segments
     for number, step in enumerate(steps):
