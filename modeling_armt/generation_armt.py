@@ -75,8 +75,10 @@ class ARMTGenerationMixin(GenerationMixin):
             _finished_rows.set(criteria)
         return criteria
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(input_ids, past_key_values=past_key_values, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
+        )
         finished = _finished_rows.get()
         if past_key_values is not None and finished is not None and finished.rows is not None:
             # From the second token on the mask of the prompt says nothing about the new column.

@@ -23,6 +23,7 @@ from .cache_armt import ARMTCache
 from .configuration_armt import ARMTConfig
 from .generation_armt import ARMTGenerationMixin
 from .head_armt import run_head
+from .input_armt import check_input, check_position_table, check_training, refuse_arguments
 from .memory_armt import AssociativeMemory
 from .memory_file_armt import load_memory, save_memory
 from .segmentation_armt import OutputColumns, RealTokens, Step, plan_steps
@@ -76,7 +77,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
     def _attach(self):
         num_layers = self.config.text_config.num_hidden_layers
         self.decoder_name = find_decoder(self.model, num_layers)
-        self._check_position_table()
+        check_position_table(self)
         attach_memories(self.decoder, num_layers, self.config.memory_layer_indices)
 
     @property
@@ -146,18 +147,6 @@ class ARMTPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
 
-    def _check_position_table(self):
-        needed = self.config.segment_size + self.config.num_mem_tokens
-        positions = getattr(self.config.text_config, "max_position_embeddings", None) or needed
-        embeddings = [module for module in self.decoder.modules() if isinstance(module, nn.Embedding)]
-        embeddings = [module for module in embeddings if module is not self.get_input_embeddings()]
-        is_table = any(module.num_embeddings - getattr(module, "offset", 0) == positions for module in embeddings)
-        if is_table and needed > positions:
-            raise ValueError(
-                f"segment_size + num_mem_tokens is {needed}, but this backbone has learned {positions} positions. "
-                f"Use a segment_size of at most {positions - self.config.num_mem_tokens}."
-            )
-
     def layer_devices(self) -> dict[int, torch.device]:
         """The device of every decoder layer."""
         layers = find_decoder_layers(self.decoder, self.config.text_config.num_hidden_layers)
@@ -224,63 +213,17 @@ class ARMTPreTrainedModel(PreTrainedModel):
         Returns:
             Where the real tokens are, the steps, and [`run_steps`] to run them with.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("pass either input_ids or inputs_embeds.")
-        source = input_ids if inputs_embeds is None else inputs_embeds
-        batch_size, num_columns = source.shape[:2]
-        if num_columns == 0:
-            raise ValueError("the input is empty: a text needs at least one token to be read.")
-        if input_ids is not None and (num_columns > 1 or input_ids.device.type == "cpu"):
-            self._check_ids(input_ids)
-        tokens = RealTokens(batch_size, num_columns, self._own_columns(attention_mask, source, cache))
-        # With a cache of the caller's, a row may be padding now and have its tokens in another call.
-        if 0 in tokens.counts and whole:
-            raise ValueError(
-                f"row {tokens.counts.index(0)} is all padding: there is nothing to read in it. Drop the row, or mark "
-                "its tokens with 1 in attention_mask."
-            )
-        if self.training and getattr(self.decoder, "gradient_checkpointing", False):
-            raise ValueError(
-                "gradient checkpointing is switched on inside the backbone, where it loses the memory. Call "
-                "gradient_checkpointing_enable() on the ARMT model instead; it works per segment."
-            )
-        if bptt_segments is not None and (not isinstance(bptt_segments, int) or bptt_segments < 1):
-            raise ValueError(f"bptt_segments is {bptt_segments!r}; it must be at least 1, or None for no truncation.")
-        if cache is not None and cache.batch_size not in (batch_size, 1, -1):
-            raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}.")
-        opened = [0] * batch_size
+        source, tokens = check_input(self, input_ids, inputs_embeds, attention_mask, cache, whole)
+        check_training(self, bptt_segments)
+        opened = [0] * tokens.batch_size
         if cache is not None and cache.opened:
-            opened = cache.opened * (batch_size // cache.batch_size)
+            opened = cache.opened * (tokens.batch_size // cache.batch_size)
         config = self.config
         steps = list(
             plan_steps(tokens.counts, opened, config.segment_size, config.num_mem_tokens, cached=cache is not None)
         )
         run = partial(run_steps, self, source, tokens, steps, cache, bptt_segments, output_hidden_states)
         return tokens, steps, run
-
-    def _check_ids(self, input_ids: torch.Tensor):
-        size = self.get_input_embeddings().num_embeddings
-        low, high = (int(value) for value in torch.aminmax(input_ids))
-        if low < 0 or high >= size:
-            raise ValueError(
-                f"input_ids holds token id {low if low < 0 else high}, but the vocabulary has ids 0 to {size - 1}. "
-                "Was the text tokenized with this checkpoint's tokenizer?"
-            )
-
-    def _own_columns(
-        self, attention_mask: torch.Tensor | None, source: torch.Tensor, cache: ARMTCache | None
-    ) -> torch.Tensor | None:
-        """The mask of this call's columns, out of a mask that may cover earlier calls too."""
-        if attention_mask is None:
-            return None
-        batch_size, num_columns = source.shape[:2]
-        before = 0 if cache is None else cache.columns
-        if attention_mask.dim() != 2 or attention_mask.shape[1] not in (num_columns, before + num_columns):
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be ({batch_size}, {num_columns}), "
-                f"or ({batch_size}, {before + num_columns}) with the columns read before."
-            )
-        return attention_mask[:, -num_columns:]
 
     def _read_columns(
         self, columns: OutputColumns, run: Iterator, cache: ARMTCache | None
@@ -319,16 +262,6 @@ class ARMTPreTrainedModel(PreTrainedModel):
             use_cache = not self.training and labels is None and getattr(self.config.text_config, "use_cache", True)
         return ARMTCache() if use_cache else None
 
-    def _refuse(self, kwargs: dict):
-        """Arguments of stock models that would silently do the wrong thing."""
-        if kwargs.get("output_attentions"):
-            raise ValueError("attentions span one segment at a time and are not returned; call the backbone for them.")
-        if kwargs.get("position_ids") is not None:
-            raise ValueError(
-                "positions restart in every segment, so position_ids cannot be passed. Packed (padding-free) batches "
-                "do not work either: give every text a row of its own and an attention_mask."
-            )
-
 
 class ARMTModel(ARMTPreTrainedModel):
     """The backbone with memory, without using its head: returns hidden states."""
@@ -358,7 +291,7 @@ class ARMTModel(ARMTPreTrainedModel):
             `last_hidden_state` `(B, T, D)`, `past_key_values` and `hidden_states`. A padding column holds what the
             last real token before it got, zeros if there was none.
         """
-        self._refuse(kwargs)
+        refuse_arguments(kwargs)
         cache = self._cache_for(past_key_values, use_cache)
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -420,7 +353,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             `loss`, `logits` `(B, T, vocabulary)`, `past_key_values`, `hidden_states`. A padding column holds what its
             row's last real token before it got.
         """
-        self._refuse(kwargs)
+        refuse_arguments(kwargs)
         cache = self._cache_for(past_key_values, use_cache, labels)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(
