@@ -106,10 +106,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("armt: interrupted; nothing was left half-written.", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:  # writers and readers of files raise types of their own; what counts is the message
         if os.environ.get("ARMT_TRACEBACK"):
             raise
-        print(f"armt: {error}", file=sys.stderr)
+        kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
+        print(f"armt: {kind}{error}", file=sys.stderr)
         return 1
     return 0
 

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -51,22 +51,25 @@ def convert(
         ConversionError: if the backbone cannot be loaded, or fails a check of [`check_conversion`].
         FileExistsError: if there is something in `out`.
     """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; it must be one of: {', '.join(VARIANTS)}.")
     with staged_folder(out) as folder:
+        check_config(backbone)
+        copy_text_files(backbone, folder)
         source = load_backbone(backbone, dtype)
         options = {"segment_size": segment_size, "num_mem_tokens": num_mem_tokens, "d_mem": d_mem}
         model = attach_checked(source, **options, memory_layers=memory_layers, **VARIANTS[variant])
-        copy_text_files(backbone, folder)
         model.generation_config.cache_implementation = None  # some families ask for a cache of their own
         model.save_pretrained(folder)
     return model
 
 
-def load_backbone(backbone: str | Path, dtype: str = "auto") -> PreTrainedModel:
-    """Loads a plain decoder with all its weights, or says why it is not one."""
+def check_config(backbone: str | Path) -> None:
+    """Refuses what is not a plain, unquantized decoder of attention layers, before its weights are loaded."""
     name = str(backbone)
     try:
         config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file raises whatever its reader meets
         raise ConversionError(f"{name} is not a model that transformers can load: {error}") from error
     if isinstance(config, ARMTConfig):
         raise ConversionError(f"{name} is an ARMT checkpoint already.")
@@ -83,6 +86,11 @@ def load_backbone(backbone: str | Path, dtype: str = "auto") -> PreTrainedModel:
             f"{name} is a {config.model_type} model with {', '.join(sorted(other_layers))} layers. Their recurrent "
             "state cannot be cut into segments; ARMT needs attention layers only."
         )
+
+
+def load_backbone(backbone: str | Path, dtype: str = "auto") -> PreTrainedModel:
+    """Loads a decoder with all its weights, or says what is wrong with them."""
+    name = str(backbone)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     except Exception as error:  # a damaged file raises whatever its format's reader does
@@ -172,21 +180,27 @@ def check_conversion(model: ARMTForCausalLM, ids: torch.Tensor, native: torch.Te
 
 
 def _check_cached(model: ARMTForCausalLM, ids: torch.Tensor, logits: torch.Tensor) -> None:
-    half = ids.shape[1] // 2
-    cache = ARMTCache()
-    parts = [model(part, past_key_values=cache).logits for part in (ids[:, :half], ids[:, half:])]
-    padding = torch.tensor([[0] * 3 + [1] * ids.shape[1], [1] * (ids.shape[1] + 3)], device=ids.device)
-    rows = torch.nn.functional.pad(ids, (3, 0)).expand(2, -1)
-    cache = ARMTCache()
-    padded = [
-        model(rows[:, :half], attention_mask=padding[:, :half], past_key_values=cache).logits,
-        model(rows[:, half:], attention_mask=padding, past_key_values=cache).logits,
-    ]
+    def read_in_two(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        cache, half = ARMTCache(), rows.shape[1] // 2
+        first = model(rows[:, :half], attention_mask=mask[:, :half], past_key_values=cache).logits
+        return torch.cat([first, model(rows[:, half:], attention_mask=mask, past_key_values=cache).logits], dim=1)
+
+    # Two rows of different length, so that each has an open segment shorter than its neighbour's at some time.
+    longer = torch.cat([ids[:, -3:], ids], dim=1)
+    rows = torch.cat([torch.nn.functional.pad(ids, (3, 0)), longer])
+    mask = torch.ones_like(rows)
+    mask[0, :3] = 0
+    padded = read_in_two(rows, mask)
+    found = {
+        "with a cache": (read_in_two(ids, torch.ones_like(ids)), logits),
+        "left-padded": (padded[:1, 3:], logits),
+        "beside a padded row": (padded[1:], model(longer, use_cache=False).logits),
+    }
     tolerance = 1e-3 if logits.dtype in (torch.float32, torch.float64) else 0.05  # of the logits' spread, on average
-    for name, found in {"with a cache": torch.cat(parts, 1), "left-padded": torch.cat(padded, 1)[:1, 3:]}.items():
-        error = ((found - logits).abs().mean() / logits.std()).item()
+    for how, (cached, alone) in found.items():
+        error = ((cached - alone).abs().mean() / alone.std()).item()
         if not error < tolerance:
-            raise ConversionError(f"reading {name} gives other logits than reading at once (off by {error:.1e}).")
+            raise ConversionError(f"reading {how} gives other logits than reading at once (off by {error:.1e}).")
 
 
 @contextmanager
@@ -202,6 +216,7 @@ def staged_folder(out: str | Path) -> Iterator[Path]:
         raise FileExistsError(
             f"{out} exists and is not empty; nothing was changed. Name another folder, or remove it."
         )
+    made = [parent for parent in out.parents if not parent.exists()]  # innermost first
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
@@ -212,14 +227,20 @@ def staged_folder(out: str | Path) -> Iterator[Path]:
         if out.is_dir():
             out.rmdir()
         folder.rename(out)
+        made = []
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            for parent in made:
+                parent.rmdir()
 
 
 def copy_text_files(backbone: str | Path, folder: Path) -> None:
     """Copies tokenizer, chat template and generation config of a backbone, as far as it has them."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+    except ImportError as error:  # there is a tokenizer, and whoever loads the checkpoint will want it
+        raise ConversionError(f"the tokenizer of {backbone} needs another package: {error}") from error
     except (OSError, ValueError, KeyError):
         tokenizer = ()
     if len(tokenizer) < 8:  # without files some families get an empty tokenizer instead of an error

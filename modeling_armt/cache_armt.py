@@ -174,6 +174,9 @@ class ARMTCache(Cache):
         self.__dict__.update(self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device))).__dict__)
         for name in ("opened", "segments", "tokens"):
             setattr(self, name, [getattr(self, name)[i] for i in index])
+        if self.keys is not None:  # the row with the longest open segment may be gone
+            length = max(self.opened, default=0)
+            self.keys = self.keys.map(lambda states: states[:, :, -length:]) if length else None
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ARMTCache":
         """A copy with `function` applied to every tensor."""

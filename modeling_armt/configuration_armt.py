@@ -142,6 +142,12 @@ class ARMTConfig(PreTrainedConfig):
         """Indices of the backbone layers that have a memory, in ascending order."""
         return list(range(self.text_config.num_hidden_layers)) if self.memory_layers is None else self.memory_layers
 
+    def to_dict(self) -> dict[str, Any]:
+        """As for any configuration, but without the place on this machine that the backbone came from."""
+        fields = super().to_dict()
+        fields["text_config"].pop("_name_or_path", None)
+        return fields
+
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
         """Builds the configuration from a `config.json` dict; refuses the configuration of a plain backbone."""

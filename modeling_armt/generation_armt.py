@@ -29,13 +29,21 @@ _finished_rows: ContextVar[FinishedRows | None] = ContextVar("armt_finished_rows
 class ARMTGenerationMixin(GenerationMixin):
     """Greedy search, sampling and beams as for any model; what needs to undo or share a cache is refused."""
 
-    _is_stateful = True  # generate refuses assisted decoding, which rolls caches back
+    _is_stateful = True  # other code asks this before it rolls a cache back
     _supported_generation_modes = [
         GenerationMode.GREEDY_SEARCH,
         GenerationMode.SAMPLE,
         GenerationMode.BEAM_SEARCH,
         GenerationMode.BEAM_SAMPLE,
     ]
+
+    def _validate_generation_mode(self, generation_mode, *args, **kwargs):
+        if generation_mode not in self._supported_generation_modes:
+            raise ValueError(
+                f"{generation_mode} is not supported: it takes back tokens or runs them twice, and what is written to "
+                "an associative memory cannot be taken back. Use greedy search, sampling or beams."
+            )
+        super()._validate_generation_mode(generation_mode, *args, **kwargs)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

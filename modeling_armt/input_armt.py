@@ -39,9 +39,7 @@ def check_input(
         raise ValueError("pass either input_ids or inputs_embeds.")
     source, rank = (input_ids, 2) if inputs_embeds is None else (inputs_embeds, 3)
     if source.dim() != rank:
-        raise ValueError(
-            f"the input has shape {tuple(source.shape)}; it must have {rank} dimensions."
-        )
+        raise ValueError(f"the input has shape {tuple(source.shape)}; it must have {rank} dimensions.")
     batch_size, num_columns = source.shape[:2]
     if num_columns == 0:
         raise ValueError("the input is empty: a text needs at least one token to be read.")

@@ -22,8 +22,6 @@ _CHUNK = 1 << 24  # elements checksummed at once, to bound the memory it takes
 
 def _checksum(tensor: torch.Tensor) -> list[int]:
     """Two sums over a tensor's bits, the second weighted by position; the same for a model loaded in bfloat16."""
-    if tensor.is_meta:
-        return []
     bits = tensor.detach().to(torch.bfloat16).view(torch.int16) if tensor.is_floating_point() else tensor.detach()
     sums = torch.zeros(2, dtype=torch.int64, device=tensor.device)
     for chunk in bits.reshape(-1).split(_CHUNK):
@@ -33,13 +31,28 @@ def _checksum(tensor: torch.Tensor) -> list[int]:
     return sums.tolist()
 
 
+def _offloaded_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights that accelerate keeps in CPU memory or on disk; loaded when looked at."""
+    tensors = {}
+    for prefix, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for part in getattr(hook, "hooks", [hook]):
+            weights = getattr(part, "weights_map", None)
+            if weights is not None:
+                names = [name for name, tensor in module.state_dict().items() if tensor.is_meta]
+                tensors |= {f"{prefix}.{name}": weights[name] for name in names if "." not in name}
+    return tensors
+
+
 def model_identity(model: nn.Module) -> str:
     """
     A fingerprint of configuration and weights: equal for two loads of one checkpoint, in whatever dtype or place,
     different after any training step.
     """
     digest = hashlib.sha256(json.dumps(model.config.memory_fields, sort_keys=True).encode())
+    offloaded = _offloaded_tensors(model)
     for name, tensor in sorted(model.state_dict().items()):
+        tensor = offloaded[name] if tensor.is_meta else tensor
         digest.update(json.dumps([name, list(tensor.shape), _checksum(tensor)]).encode())
     return digest.hexdigest()
 

@@ -28,6 +28,7 @@ from .memory_armt import AssociativeMemory
 from .memory_file_armt import load_memory, save_memory
 from .segmentation_armt import OutputColumns, RealTokens, Step, plan_steps
 from .sequential_armt import run_steps
+from .truncation_armt import truncated_loss
 
 
 logger = logging.get_logger(__name__)
@@ -345,7 +346,8 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             return_logits: False computes the same loss segment by segment and returns no logits, so that those of two
                 segments never exist at once: for training on long texts.
             bptt_segments: gradients flow back through so many segments at most (counted from the end of the text);
-                None: through all.
+                None: through all. With `return_logits=False` it bounds the memory of training too: a window is
+                differentiated as soon as it is read.
             return_dict: False for a tuple.
             kwargs: `num_items_in_batch` and other arguments of the loss function.
 
@@ -423,19 +425,32 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             kwargs["num_items_in_batch"] = sum(counts)
         # What lies before the window of the first target cannot receive a gradient.
         labelled = next((number for number, count in enumerate(counts) if count), len(steps))
-        grad_from = 0
-        if bptt_segments is not None:
-            grad_from = max(labelled - (labelled - len(steps)) % bptt_segments, 0)
+        window = bptt_segments or len(steps)
+        grad_from = max(labelled - (labelled - len(steps)) % window, 0)
 
         def segment_loss(hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
             return self._loss(self._logits(hidden), target, **kwargs)
 
-        loss = torch.zeros((), device=targets.device)
-        for (step, (hidden, *_)), target, count in zip(run(grad_from=grad_from), of_step, counts, strict=True):
-            if count:
-                hidden = hidden[:, : max(step.taken)]
-                # Checkpointed, so that no segment's logits are kept for the backward pass.
-                loss = loss + checkpoint(segment_loss, hidden, target, use_reentrant=False).to(loss.device)
+        def windows() -> Iterator[torch.Tensor]:
+            loss = zero = torch.zeros((), device=targets.device)
+            outputs = run(grad_from=grad_from)
+            for number, (target, count) in enumerate(zip(of_step, counts, strict=True)):
+                step, (hidden, *_) = next(outputs)
+                if count:
+                    hidden = hidden[:, : max(step.taken)]
+                    # Checkpointed, so that no segment's logits are kept for the backward pass.
+                    loss = loss + checkpoint(segment_loss, hidden, target, use_reentrant=False).to(loss.device)
+                del hidden
+                if (len(steps) - number - 1) % window == 0:
+                    yield loss
+                    loss = zero
+            next(outputs, None)  # lets the schedule finish its work on the cache
+
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if bptt_segments is None or not torch.is_grad_enabled() or not parameters:
+            loss = sum(windows())
+        else:
+            loss = truncated_loss(windows(), parameters)
         return loss if sum(counts) else loss / 0  # as stock models: the mean of nothing is nan
 
 

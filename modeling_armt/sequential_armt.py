@@ -85,8 +85,9 @@ def embed_step(model: "ARMTPreTrainedModel", source: torch.Tensor, tokens: RealT
         packed = embedding(packed if embedding.weight.is_meta else packed.to(embedding.weight.device))
     if not any(step.closes):
         return packed
-    memory_tokens = model.memory_tokens(torch.arange(step.num_mem_tokens, device=model.memory_tokens.weight.device))
-    memory_tokens = memory_tokens.to(packed.device, packed.dtype)
+    weight = model.memory_tokens.weight  # on the meta device if it is offloaded; then its hook moves the index
+    index = torch.arange(step.num_mem_tokens, device=packed.device if weight.is_meta else weight.device)
+    memory_tokens = model.memory_tokens(index).to(packed.device, packed.dtype)
     if step.is_uniform:
         return torch.cat([packed, memory_tokens.expand(len(packed), -1, -1)], dim=1)
     packed = nn.functional.pad(packed, (0, 0, 0, step.width - packed.shape[1]))

@@ -167,6 +167,7 @@ def train(model: ARMTForCausalLM, task: RecallTask, console: Console, folder: Pa
         save_strategy="no",
         report_to=[],
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
     )
     optimizer = torch.optim.AdamW(parameter_groups(adapted, lr=2e-3, memory_lr=4e-3))
