@@ -116,14 +116,17 @@ class ARMTCache(Cache):
         for layer, state in self.states.items():
             if state is None:
                 continue
-            least, gamma_sum = self.statistics.min_denominator.get(layer), self.statistics.gamma_sum[layer]
+            least, gamma_sum = (by.get(layer) for by in (self.statistics.min_denominator, self.statistics.gamma_sum))
+            mean_gamma = None  # nothing is collected while training
+            if gamma_sum is not None:
+                mean_gamma = (gamma_sum / self.statistics.gamma_count[layer].clamp(min=1)).tolist()
             result[layer] = {
                 "A_norm": state.A.flatten(1).norm(dim=1).tolist(),
                 "z_norm": None if state.z is None else state.z.norm(dim=1).tolist(),
                 "min_denominator": None
                 if least is None
                 else [v if v < float("inf") else None for v in least.tolist()],
-                "mean_gamma": (gamma_sum / self.statistics.gamma_count[layer].clamp(min=1)).tolist(),
+                "mean_gamma": mean_gamma,
             }
         return result
 

@@ -12,14 +12,21 @@ from .cache_armt import ARMTCache
 class FinishedRows(StoppingCriteriaList):
     """
     Stopping criteria that remember which rows they have stopped. `generate` goes on appending padding to these rows
-    and marks it as real input; it must not reach their memory.
+    and marks it as real input; it must not reach their memory. The token that stopped a row is still the row's own.
+
+    Attributes:
+        started: whether a token was generated.
+        padded: `(B,)` bool, the rows whose newest column is padding; None before the second token.
     """
 
-    rows: torch.Tensor | None = None  # (B,) bool, None until a token was generated
+    started = False
+    padded: torch.Tensor | None = None
+    _stopped: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         done = super().__call__(input_ids, scores, **kwargs)
-        self.rows = done if self.rows is None else self.rows | done
+        self.started, self.padded = True, self._stopped
+        self._stopped = done if self._stopped is None else self._stopped | done
         return done
 
 
@@ -63,6 +70,14 @@ class ARMTGenerationMixin(GenerationMixin):
                 f"past_key_values is a {type(cache).__name__}; an ARMT model keeps its memory in an ARMTCache, which "
                 "it makes itself. Leave past_key_values out, or pass one that this model returned."
             )
+        if cache is not None and cache.columns:
+            ids = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
+            mask = kwargs.get("attention_mask")
+            if ids is not None and ids.shape[1] <= cache.columns and (mask is None or mask.shape[1] == ids.shape[1]):
+                raise ValueError(
+                    f"input_ids has {ids.shape[1]} columns, but this cache has read {cache.columns} in this "
+                    "conversation. Pass all ids from its start, the new ones included, or only new ids with cache.fork()."
+                )
         for config in (kwargs.get("generation_config"), self.generation_config):
             implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
             if implementation not in (None, "dynamic"):
@@ -88,10 +103,11 @@ class ARMTGenerationMixin(GenerationMixin):
             input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
         )
         finished = _finished_rows.get()
-        if past_key_values is not None and finished is not None and finished.rows is not None:
-            # From the second token on the mask of the prompt says nothing about the new column.
-            some = len(finished.rows) > 1 and bool(finished.rows.any())
-            inputs["attention_mask"] = ~finished.rows[:, None] if some else None
+        if past_key_values is not None and finished is not None and finished.started:
+            # The mask of the prompt says nothing about the column that was generated.
+            padded = finished.padded
+            some = padded is not None and len(padded) > 1 and bool(padded.any())
+            inputs["attention_mask"] = ~padded[:, None] if some else None
         return inputs
 
     def init_continuous_batching(self, *args, **kwargs):

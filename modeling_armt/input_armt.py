@@ -75,8 +75,21 @@ def _check_ids(input_ids: torch.Tensor, vocabulary: int) -> None:
         )
 
 
-def refuse_arguments(kwargs: dict) -> None:
-    """Refuses arguments of stock models that would silently do the wrong thing here."""
+def check_columns(columns: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """A `logits_to_keep` tensor (indices from either end, or a bool mask of all columns) as indices from the start."""
+    if columns.dtype == torch.bool and columns.shape == (num_columns,):
+        columns = columns.nonzero().squeeze(1)
+    if columns.dim() != 1 or columns.dtype == torch.bool or columns.numel() == 0:
+        raise ValueError(
+            f"logits_to_keep has shape {tuple(columns.shape)}; pass a number, a 1D tensor of columns or a mask."
+        )
+    if int(columns.min()) < -num_columns or int(columns.max()) >= num_columns:
+        raise ValueError(f"logits_to_keep asks for columns beyond the {num_columns} of this input.")
+    return columns % num_columns
+
+
+def refuse_arguments(kwargs: dict, accepted: tuple[str, ...]) -> None:
+    """Refuses arguments of stock models that would silently do the wrong thing here, and unknown ones."""
     if kwargs.get("output_attentions"):
         raise ValueError("attentions span one segment at a time and are not returned; call the backbone for them.")
     if kwargs.get("position_ids") is not None:
@@ -84,6 +97,11 @@ def refuse_arguments(kwargs: dict) -> None:
             "positions restart in every segment, so position_ids cannot be passed. Packed (padding-free) batches do "
             "not work either: give every text a row of its own and an attention_mask."
         )
+    unknown = [
+        name for name, value in kwargs.items() if name not in accepted and value is not None and value is not False
+    ]
+    if unknown:
+        raise TypeError(f"forward does not take {', '.join(unknown)}.")
 
 
 def check_training(model: "ARMTPreTrainedModel", bptt_segments: int | None) -> None:
@@ -98,15 +116,28 @@ def check_training(model: "ARMTPreTrainedModel", bptt_segments: int | None) -> N
 
 
 def check_position_table(model: "ARMTPreTrainedModel") -> None:
-    """Refuses segments that are longer than the learned positions of a backbone that has such a table."""
+    """Refuses segments longer than a backbone's learned positions, or than its rotary embeddings stay fixed."""
     config = model.config
     needed = config.segment_size + config.num_mem_tokens
     positions = getattr(config.text_config, "max_position_embeddings", None)
     tables = [module for module in model.decoder.modules() if isinstance(module, nn.Embedding)]
     tables = [table for table in tables if table is not model.get_input_embeddings()]
     learned = any(table.num_embeddings - getattr(table, "offset", 0) == positions for table in tables)
+    # gpt_neo keeps a causal table too, and to it a padded batch may be as long as two segments.
+    if any(name.endswith("attention.bias") and table.dim() == 4 for name, table in model.decoder.named_buffers()):
+        needed += config.segment_size
     if learned and needed > positions:
         raise ValueError(
-            f"segment_size + num_mem_tokens is {needed}, but this backbone has learned {positions} positions. Use a "
-            f"segment_size of at most {positions - config.num_mem_tokens}."
+            f"segments of {config.segment_size} + {config.num_mem_tokens} tokens need {needed} positions, but this "
+            f"backbone has learned {positions}. Use a segment_size of at most "
+            f"{(positions - config.num_mem_tokens) * config.segment_size // (needed - config.num_mem_tokens)}."
         )
+    rope = getattr(config.text_config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings")
+        original = original or getattr(config.text_config, "original_max_position_embeddings", None) or positions
+        if needed > original:
+            raise ValueError(
+                f"this backbone changes its {rope['rope_type']} rotary embeddings beyond {original} positions, in the "
+                f"middle of a segment. Use a segment_size of at most {original - config.num_mem_tokens}."
+            )

@@ -46,10 +46,14 @@ def _offloaded_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def model_identity(model: nn.Module) -> str:
     """
-    A fingerprint of configuration and weights: equal for two loads of one checkpoint, in whatever dtype or place,
-    different after any training step.
+    A fingerprint of configuration and weights: equal for two loads of one checkpoint, wherever its weights are and
+    also when float32 weights were loaded in bfloat16; different after any training step.
     """
-    digest = hashlib.sha256(json.dumps(model.config.memory_fields, sort_keys=True).encode())
+    backbone = model.config.text_config.to_dict()
+    for name in ("_name_or_path", "dtype", "transformers_version", "architectures", "use_cache"):
+        backbone.pop(name, None)  # these say nothing about what is computed
+    fields = [model.config.memory_fields, backbone]
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
     offloaded = _offloaded_tensors(model)
     for name, tensor in sorted(model.state_dict().items()):
         tensor = offloaded[name] if tensor.is_meta else tensor
@@ -82,6 +86,9 @@ def save_memory(model: PreTrainedModel, cache: ARMTCache, path: str | os.PathLik
     os.close(handle)
     try:
         safe_save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files for one user only
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -123,7 +130,8 @@ def load_memory(model: PreTrainedModel, path: str | os.PathLike) -> ARMTCache:
         tensor = tensor.to(devices[layer])
         if kind == "states" and field == "A":
             z = tensors.get(f"states.{layer}.z")
-            cache.states[layer] = MemoryState(tensor, None if z is None else z.to(devices[layer]))
+            state = MemoryState(tensor, None if z is None else z.to(devices[layer]))
+            cache.states[layer] = state.map(lambda t, dtype=model.memory[str(layer)].state_dtype: t.to(dtype))
         elif kind == "statistics":
             getattr(cache.statistics, field)[layer] = tensor
     num_key_layers = sum(name.startswith("keys.") for name in tensors) // 2

@@ -23,7 +23,7 @@ from .cache_armt import ARMTCache
 from .configuration_armt import ARMTConfig
 from .generation_armt import ARMTGenerationMixin
 from .head_armt import run_head
-from .input_armt import check_input, check_position_table, check_training, refuse_arguments
+from .input_armt import check_columns, check_input, check_position_table, check_training, refuse_arguments
 from .memory_armt import AssociativeMemory
 from .memory_file_armt import load_memory, save_memory
 from .segmentation_armt import OutputColumns, RealTokens, Step, plan_steps
@@ -292,7 +292,7 @@ class ARMTModel(ARMTPreTrainedModel):
             `last_hidden_state` `(B, T, D)`, `past_key_values` and `hidden_states`. A padding column holds what the
             last real token before it got, zeros if there was none.
         """
-        refuse_arguments(kwargs)
+        refuse_arguments(kwargs, accepted=())
         cache = self._cache_for(past_key_values, use_cache)
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -342,7 +342,8 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
                 cross segment borders.
             use_cache: return a cache; default: unless training or given labels.
             output_hidden_states: return the hidden states of all layers too.
-            logits_to_keep: logits of the last so many columns only (0: all), or of the columns in a 1D tensor.
+            logits_to_keep: logits of the last so many columns only (0: all), or of the columns in a 1D tensor of
+                indices or a bool mask.
             return_logits: False computes the same loss segment by segment and returns no logits, so that those of two
                 segments never exist at once: for training on long texts.
             bptt_segments: gradients flow back through so many segments at most (counted from the end of the text);
@@ -355,14 +356,14 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             `loss`, `logits` `(B, T, vocabulary)`, `past_key_values`, `hidden_states`. A padding column holds what its
             row's last real token before it got.
         """
-        refuse_arguments(kwargs)
+        refuse_arguments(kwargs, accepted=("num_items_in_batch", "ignore_index"))
         cache = self._cache_for(past_key_values, use_cache, labels)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(
                 "labels need the logits of all columns; leave logits_to_keep out, or use return_logits=False."
             )
-        if not return_logits and labels is None:
-            raise ValueError("return_logits=False is for computing the loss: pass labels.")
+        if not return_logits and (labels is None or output_hidden_states):
+            raise ValueError("return_logits=False computes the loss and nothing else: pass labels, ask for no states.")
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
@@ -375,14 +376,19 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             bptt_segments=bptt_segments,
             output_hidden_states=bool(output_hidden_states),
         )
+        if labels is not None and labels.shape != (tokens.batch_size, tokens.num_columns):
+            expected = (tokens.batch_size, tokens.num_columns)
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be that of the input, {expected}.")
         loss = logits = hidden_states = None
         if return_logits:
+            if isinstance(logits_to_keep, torch.Tensor):
+                logits_to_keep = check_columns(logits_to_keep, tokens.num_columns)
             first, last = self._columns_to_keep(logits_to_keep, tokens.num_columns)
             columns = OutputColumns(tokens, 0 if output_hidden_states else first, last)
             hidden, *hidden_states = self._read_columns(columns, run(), cache)
             hidden = hidden[:, first - columns.first :]
             if isinstance(logits_to_keep, torch.Tensor):
-                hidden = hidden[:, logits_to_keep.to(hidden.device) % tokens.num_columns - first]
+                hidden = hidden[:, logits_to_keep.to(hidden.device) - first]
             logits = self._logits(hidden)
             if labels is not None:
                 targets = tokens.next_of(labels)
@@ -403,8 +409,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
     def _columns_to_keep(logits_to_keep: int | torch.Tensor, num_columns: int) -> tuple[int, int]:
         if isinstance(logits_to_keep, int):
             return max(num_columns - logits_to_keep, 0) if logits_to_keep else 0, num_columns
-        wanted = logits_to_keep % num_columns
-        return int(wanted.min()), int(wanted.max()) + 1
+        return int(logits_to_keep.min()), int(logits_to_keep.max()) + 1
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return run_head(self.model, self.decoder_name, hidden)
@@ -423,6 +428,8 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
         counts = torch.stack([(target != -100).sum() for target in of_step]).tolist()
         if kwargs.get("num_items_in_batch") is None:
             kwargs["num_items_in_batch"] = sum(counts)
+        if not any(counts):
+            counts[-1] = 1  # without labels, the stock loss: 0 of some items, or the mean of nothing
         # What lies before the window of the first target cannot receive a gradient.
         labelled = next((number for number, count in enumerate(counts) if count), len(steps))
         window = bptt_segments or len(steps)
@@ -448,10 +455,8 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
 
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if bptt_segments is None or not torch.is_grad_enabled() or not parameters:
-            loss = sum(windows())
-        else:
-            loss = truncated_loss(windows(), parameters)
-        return loss if sum(counts) else loss / 0  # as stock models: the mean of nothing is nan
+            return sum(windows())
+        return truncated_loss(windows(), parameters)
 
 
 ARMTModel.register_for_auto_class("AutoModel")

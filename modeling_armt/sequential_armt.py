@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .attachment_armt import SegmentPass
+from .attachment_armt import MemoryStatistics, SegmentPass
 from .cache_armt import ARMTCache, SegmentKeys
 from .memory_armt import MemoryState
 from .segmentation_armt import RealTokens, Step
@@ -63,7 +63,16 @@ def run_steps(
         with torch.set_grad_enabled(torch.is_grad_enabled() and number >= grad_from):
             inputs_embeds = embed_step(model, source, tokens, step)
             outputs, states, keys = model.checkpointed(
-                run_segment, model, inputs_embeds, step, states, segments, work, output_hidden_states
+                run_segment,
+                model,
+                inputs_embeds,
+                step,
+                states,
+                segments,
+                None if work is None else work.keys,
+                work is not None,
+                None if work is None or model.training else work.statistics,
+                output_hidden_states,
             )
         segments = [n + closes for n, closes in zip(segments, step.closes, strict=True)]
         if work is not None:
@@ -103,25 +112,30 @@ def run_segment(
     step: Step,
     states: States,
     segments: list[int],
-    work: ARMTCache | None,
+    keys: SegmentKeys | None,
+    cached: bool,
+    statistics: MemoryStatistics | None,
     output_hidden_states: bool,
 ) -> tuple[tuple[torch.Tensor, ...], States, SegmentKeys | None]:
     """
-    One pass of the backbone over one step. Changes none of its arguments, so that a checkpoint may run it twice.
+    One pass of the backbone over one step. Changes no argument but `statistics`, so that a checkpoint may run it
+    twice.
 
     Args:
         inputs_embeds: `(B, P, D)`.
         states: before the step.
         segments: segments each row has written.
-        work: where the keys of the open segments are; None if nobody goes on from here, so that none are needed.
+        keys: of the open segments; None if none is open.
+        cached: whether somebody may go on from here, so that the keys of segments that stay open are needed.
+        statistics: filled if given.
 
     Returns:
         Last hidden state and, if asked for, those of all layers, the new states, the new keys.
     """
     width, device = inputs_embeds.shape[1], inputs_embeds.device
-    keys, length, kwargs = None, 0, {"use_cache": False}
-    if work is not None and (work.keys is not None or any(step.open_after)):
-        keys = SegmentKeys() if work.keys is None else work.keys.map(lambda tensor: tensor)
+    length, kwargs = 0, {"use_cache": False}
+    if cached and (keys is not None or any(step.open_after)):
+        keys = SegmentKeys() if keys is None else keys.map(lambda tensor: tensor)
         length = keys.get_seq_length()
         kwargs = {"use_cache": True, "past_key_values": keys}
         if len(set(step.opened)) > 1:  # to the backbone: a left-padded batch
@@ -131,7 +145,7 @@ def run_segment(
             if "position_ids" in inspect.signature(model.decoder.forward).parameters:
                 last = model.config.segment_size + step.num_mem_tokens - 1  # filler may lie beyond
                 kwargs["position_ids"] = (opened + columns[:width]).clamp(max=last)
-    segment = _segment_pass(model, step, states, segments, width, device, work)
+    segment = _segment_pass(model, step, states, segments, width, device, statistics)
     with segment.active():
         outputs = model.decoder(
             inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states, return_dict=True, **kwargs
@@ -147,7 +161,7 @@ def _segment_pass(
     segments: list[int],
     width: int,
     device: torch.device,
-    work: ARMTCache | None,
+    statistics: MemoryStatistics | None,
 ) -> SegmentPass:
     segment = SegmentPass(model.memory, dict(states), step.num_mem_tokens)
     if any(step.closes):
@@ -159,11 +173,10 @@ def _segment_pass(
             segment.writing_rows = torch.tensor(step.closes, device=device)
     if any(segments) and not all(segments):
         segment.unwritten_rows = torch.tensor([n == 0 for n in segments], device=device)
-    if work is not None and not model.training:
-        segment.statistics = work.statistics
-        if not step.is_uniform:
-            used = [n + step.num_mem_tokens * c for n, c in zip(step.taken, step.closes, strict=True)]
-            segment.filler = torch.arange(width, device=device) >= torch.tensor(used, device=device)[:, None]
+    segment.statistics = statistics
+    if statistics is not None and not step.is_uniform:
+        used = [n + step.num_mem_tokens * c for n, c in zip(step.taken, step.closes, strict=True)]
+        segment.filler = torch.arange(width, device=device) >= torch.tensor(used, device=device)[:, None]
     return segment
 
 

@@ -6,9 +6,15 @@ from typing import Any
 
 import torch
 from families import PAD
+from hypothesis import settings
 from transformers import PreTrainedModel
 
 from modeling_armt import ARMTCache
+
+
+def examples(count: int) -> settings:
+    """How many examples a property is tried on. Time per example says nothing: a machine may be busy."""
+    return settings(max_examples=count, deadline=None)
 
 
 def read_in_chunks(
@@ -30,13 +36,19 @@ def read_in_chunks(
     return torch.cat(pieces, dim=1), cache
 
 
-def pad_left(rows: Sequence[torch.Tensor], columns: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def pad_left(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """`(ids, mask)` of rows that end in the last column."""
-    columns = columns or max(len(row) for row in rows)
-    ids, mask = torch.full((len(rows), columns), PAD), torch.zeros(len(rows), columns, dtype=torch.long)
+    ids, mask = pad_right([row.flip(0) for row in rows])
+    return ids.flip(1), mask.flip(1)
+
+
+def pad_right(rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(ids, mask)` of rows that start in the first column."""
+    ids = torch.full((len(rows), max(len(row) for row in rows)), PAD)
+    mask = torch.zeros_like(ids)
     for number, row in enumerate(rows):
-        ids[number, columns - len(row) :] = row
-        mask[number, columns - len(row) :] = 1
+        ids[number, : len(row)] = row
+        mask[number, : len(row)] = 1
     return ids, mask
 
 
@@ -69,3 +81,13 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, (list, tuple)):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return a == b
+
+
+# transformers renamed gradient checkpointing on the way, and warns about the old name
+_RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpointing"
+
+
+def enable_checkpointing(model: PreTrainedModel, **kwargs):
+    """Switches gradient checkpointing on; `kwargs` are those of `torch.utils.checkpoint`."""
+    getattr(model, f"{CHECKPOINTING}_enable")(**({f"{CHECKPOINTING}_kwargs": kwargs} if kwargs else {}))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from families import SEGMENT_SIZE, VOCABULARY, random_ids, tiny_model
-from helpers import cache_contents, difference, pad_left, read_in_chunks, same
-from hypothesis import given, settings
+from helpers import cache_contents, difference, examples, pad_left, read_in_chunks, same
+from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_armt import ARMTCache, ARMTForCausalLM
@@ -82,7 +82,7 @@ def check_rows(logits: torch.Tensor, mask: torch.Tensor, expected: list[torch.Te
 
 
 @every_model
-@settings(max_examples=12)
+@examples(12)
 @given(batch=batches())
 @torch.no_grad()
 def test_rows_of_a_padded_batch_are_read_as_if_alone(name: str, batch):
@@ -92,7 +92,7 @@ def test_rows_of_a_padded_batch_are_read_as_if_alone(name: str, batch):
 
 
 @every_model
-@settings(max_examples=20)
+@examples(20)
 @given(batch=batches(), data=st.data())
 @torch.no_grad()
 def test_rows_of_a_padded_batch_are_read_as_if_alone_in_any_chunks(name: str, batch, data):
@@ -111,7 +111,7 @@ def test_token_by_token_is_reading_at_once(name: str):
 
 
 @every_model
-@settings(max_examples=12)
+@examples(12)
 @given(batch=batches(), data=st.data())
 @torch.no_grad()
 def test_the_memory_of_a_row_is_that_of_the_row_alone(name: str, batch, data):
@@ -127,7 +127,7 @@ def test_the_memory_of_a_row_is_that_of_the_row_alone(name: str, batch, data):
                 assert difference(cache.states[layer].A[number], state.A[0]) <= TOLERANCE
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(batch=batches(max_rows=3), data=st.data())
 @torch.no_grad()
 def test_cache_rows_can_be_selected_repeated_and_reordered(batch, data):
@@ -148,7 +148,7 @@ def test_cache_rows_can_be_selected_repeated_and_reordered(batch, data):
         assert difference(logits[number], expected) <= TOLERANCE
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(batch=batches(max_rows=3), data=st.data())
 @torch.no_grad()
 def test_rows_with_nothing_in_a_call_keep_their_memory_exactly(batch, data):
@@ -221,7 +221,7 @@ def test_closing_segments_of_a_batch_is_closing_each_alone():
 # Outputs other than all logits
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(batch=batches(), keep=st.integers(1, 36))
 @torch.no_grad()
 def test_logits_to_keep_returns_the_last_columns(batch, keep: int):
@@ -231,7 +231,7 @@ def test_logits_to_keep_returns_the_last_columns(batch, keep: int):
     assert difference(kept, expected) <= TOLERANCE
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(batch=batches(), data=st.data())
 @torch.no_grad()
 def test_logits_to_keep_takes_column_numbers(batch, data):
@@ -243,7 +243,7 @@ def test_logits_to_keep_takes_column_numbers(batch, data):
     assert difference(kept, expected) <= TOLERANCE
 
 
-@settings(max_examples=10)
+@examples(10)
 @given(batch=batches())
 @torch.no_grad()
 def test_hidden_states_of_all_layers_are_those_of_the_rows_alone(batch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,6 +43,7 @@ def real_columns(mask: torch.Tensor) -> list[list[int]]:
     return [[column for column, bit in enumerate(row) if bit] for row in mask.tolist()]
 
 
+@examples(60)
 @given(plans())
 def test_every_token_is_taken_once_and_in_order(plan):
     counts, *_ = plan
@@ -52,11 +54,13 @@ def test_every_token_is_taken_once_and_in_order(plan):
     assert next_token == counts
 
 
+@examples(60)
 @given(plans())
 def test_every_step_takes_something(plan):
     assert all(max(step.taken) > 0 for step in plan_steps(*plan))
 
 
+@examples(60)
 @given(plans())
 def test_open_segments_never_exceed_the_segment_size(plan):
     segment_size = plan[2]
@@ -64,6 +68,7 @@ def test_open_segments_never_exceed_the_segment_size(plan):
         assert all(min(o, segment_size - o - t) >= 0 for o, t in zip(step.opened, step.taken, strict=True))
 
 
+@examples(60)
 @given(plans(cached=True))
 def test_with_a_cache_steps_go_on_where_the_last_one_ended(plan):
     _, opened, *_ = plan
@@ -72,6 +77,7 @@ def test_with_a_cache_steps_go_on_where_the_last_one_ended(plan):
         opened = step.open_after
 
 
+@examples(60)
 @given(plans(cached=True))
 def test_with_a_cache_a_segment_closes_exactly_when_it_is_full(plan):
     counts, opened, segment_size, *_ = plan
@@ -84,6 +90,7 @@ def test_with_a_cache_a_segment_closes_exactly_when_it_is_full(plan):
         assert (steps[-1].open_after[row] if steps else before) == (before + count) % segment_size
 
 
+@examples(60)
 @given(plans(cached=False))
 def test_without_a_cache_nothing_is_written_that_nobody_reads(plan):
     counts, _, segment_size, *_ = plan
@@ -94,6 +101,7 @@ def test_without_a_cache_nothing_is_written_that_nobody_reads(plan):
         assert len(closed) == -(-count // segment_size)
 
 
+@examples(60)
 @given(plans())
 def test_a_step_is_as_wide_as_its_widest_row(plan):
     num_mem_tokens = plan[3]
@@ -103,6 +111,7 @@ def test_a_step_is_as_wide_as_its_widest_row(plan):
         )
 
 
+@examples(60)
 @given(masks())
 def test_real_tokens_are_found_where_the_mask_says(mask):
     tokens, expected = RealTokens(*mask.shape, mask), real_columns(mask)
@@ -111,6 +120,7 @@ def test_real_tokens_are_found_where_the_mask_says(mask):
     assert [row[:n] for row, n in zip(columns.tolist(), tokens.counts, strict=True)] == expected
 
 
+@examples(60)
 @given(masks())
 def test_the_rank_of_a_column_is_that_of_the_last_real_token_so_far(mask):
     tokens = RealTokens(*mask.shape, mask)
@@ -120,6 +130,7 @@ def test_the_rank_of_a_column_is_that_of_the_last_real_token_so_far(mask):
         assert tokens.rank.tolist() == [[sum(row[: i + 1]) - 1 for i in range(len(row))] for row in mask.tolist()]
 
 
+@examples(60)
 @given(batches())
 def test_packing_takes_real_tokens_only(batch):
     mask, tokens, steps = batch
@@ -133,6 +144,7 @@ def test_packing_takes_real_tokens_only(batch):
     assert taken == [row[bits.bool()].tolist() for row, bits in zip(names, mask, strict=True)]
 
 
+@examples(60)
 @given(batches())
 def test_packing_embeddings_is_packing_ids(batch):
     mask, tokens, steps = batch
@@ -143,6 +155,7 @@ def test_packing_embeddings_is_packing_ids(batch):
             assert (embedded[row, :count] == tokens.pack(names, step)[row, :count, None]).all()
 
 
+@examples(60)
 @given(masks())
 def test_the_label_of_a_token_is_the_next_real_one(mask):
     labels = torch.arange(mask.numel()).view(mask.shape)
@@ -152,6 +165,7 @@ def test_the_label_of_a_token_is_the_next_real_one(mask):
         assert targets[row] == expected + [-100] * (mask.shape[1] - len(expected))
 
 
+@examples(60)
 @given(batches(), st.data())
 def test_results_return_to_the_columns_of_their_tokens(batch, data):
     """Each column gets what its last real token at or before it got, columns before the first one get `before`."""
