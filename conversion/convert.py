@@ -61,6 +61,7 @@ def convert(
         model = attach_checked(source, **options, memory_layers=memory_layers, **VARIANTS[variant])
         model.generation_config.cache_implementation = None  # some families ask for a cache of their own
         model.save_pretrained(folder)
+    model.name_or_path = model.config.name_or_path = str(out)  # adapters name their base
     return model
 
 
@@ -241,13 +242,17 @@ def staged_folder(out: str | Path) -> Iterator[Path]:
 
 def copy_text_files(backbone: str | Path, folder: Path) -> None:
     """Copies tokenizer, chat template and generation config of a backbone, as far as it has them."""
+    folder_has_one = not Path(backbone).is_dir() or any(
+        any(Path(backbone).glob(pattern)) for pattern in ("tokenizer*", "vocab*", "*.model")
+    )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(backbone))
+        # Without files some families get an empty tokenizer instead of an error.
+        tokenizer = AutoTokenizer.from_pretrained(str(backbone)) if folder_has_one else None
     except ImportError as error:  # there is a tokenizer, and whoever loads the checkpoint will want it
         raise ConversionError(f"the tokenizer of {backbone} needs another package: {error}") from error
     except (OSError, ValueError, KeyError):
-        tokenizer = ()
-    if len(tokenizer) <= 2:  # without files some families get an empty tokenizer instead of an error
+        tokenizer = None
+    if tokenizer is None:
         warnings.warn(f"{backbone} comes without a tokenizer, so the checkpoint has none.", stacklevel=2)
     else:
         tokenizer.model_max_length = int(1e30)  # there is no longest input any more

@@ -1,5 +1,6 @@
 """`armt generate`: read a text of any length, segment by segment, and go on with it."""
 
+import re
 import resource
 import sys
 import time
@@ -80,16 +81,20 @@ def read(model: ARMTForCausalLM, ids: torch.Tensor, cache: ARMTCache) -> None:
             bar.update(piece.shape[1])
 
 
+def peak_resident_memory() -> int:
+    """Bytes this process has held at most."""
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would count what a parent held when it forked
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def report(read_tokens: int, reading: float, new_tokens: int, generating: float) -> None:
     """Says what was read and generated, how fast, and the peak memory."""
     if torch.cuda.is_available():
         peak, where = torch.cuda.max_memory_allocated(), "GPU"
     else:
-        # Linux counts in KiB, macOS in bytes.
-        peak, where = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-            "",
-        )
+        peak, where = peak_resident_memory(), ""
     parts = [f"{read_tokens:,} tokens read ({read_tokens / max(reading, 1e-9):,.0f}/s)"]
     if new_tokens:
         parts.append(f"{new_tokens:,} generated ({new_tokens / generating:,.1f}/s)")

@@ -111,6 +111,7 @@ def import_checkpoint(
         model.save_pretrained(folder)
         copy_text_files(backbone, folder)
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = model.config.name_or_path = str(out)  # adapters name their base
     return model
 
 

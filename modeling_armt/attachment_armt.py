@@ -189,6 +189,12 @@ def find_decoder(backbone: nn.Module, num_layers: int) -> str:
     raise ValueError(f"{type(backbone).__name__} has no part with a list of {num_layers} decoder layers.")
 
 
+def causal_table_size(decoder: nn.Module) -> int | None:
+    """The columns that a pass may have where attention looks its causal mask up in a table (gpt_neo); else None."""
+    tables = [table for name, table in decoder.named_buffers() if name.endswith("attention.bias") and table.dim() == 4]
+    return min((table.shape[-1] for table in tables), default=None)
+
+
 def attach_memories(decoder: nn.Module, num_layers: int, memory_layers: Iterable[int]) -> None:
     """Puts the hooks on the layers of `decoder` that have a memory, and takes away those of an earlier call."""
     layers = find_decoder_layers(decoder, num_layers)

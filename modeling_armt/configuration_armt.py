@@ -81,6 +81,10 @@ class ARMTConfig(PreTrainedConfig):
                 "ARMTConfig needs text_config, the configuration of the backbone. To turn a pretrained decoder into "
                 "an ARMT checkpoint run: armt convert BACKBONE --out DIR"
             )
+        if not isinstance(self.text_config, PreTrainedConfig):
+            raise ValueError(
+                f"text_config is {self.text_config!r}; it must be a configuration of transformers or a dict."
+            )
         self._validate_memory()
         # The head is the backbone's: whether it is tied is read there, and this copy is what tools look at.
         kwargs["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)

@@ -123,14 +123,10 @@ def check_position_table(model: "ARMTPreTrainedModel") -> None:
     tables = [module for module in model.decoder.modules() if isinstance(module, nn.Embedding)]
     tables = [table for table in tables if table is not model.get_input_embeddings()]
     learned = any(table.num_embeddings - getattr(table, "offset", 0) == positions for table in tables)
-    # gpt_neo keeps a causal table too, and to it a padded batch may be as long as two segments.
-    if any(name.endswith("attention.bias") and table.dim() == 4 for name, table in model.decoder.named_buffers()):
-        needed += config.segment_size
     if learned and needed > positions:
         raise ValueError(
-            f"segments of {config.segment_size} + {config.num_mem_tokens} tokens need {needed} positions, but this "
-            f"backbone has learned {positions}. Use a segment_size of at most "
-            f"{(positions - config.num_mem_tokens) * config.segment_size // (needed - config.num_mem_tokens)}."
+            f"segment_size + num_mem_tokens is {needed}, but this backbone has learned only {positions} positions. "
+            f"Use a segment_size of at most {positions - config.num_mem_tokens}."
         )
     rope = getattr(config.text_config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("dynamic", "longrope"):

@@ -101,7 +101,8 @@ def load_memory(model: PreTrainedModel, path: str | os.PathLike) -> ARMTCache:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Cloned, so that they are aligned like live ones: kernels round differently otherwise.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (
         Exception
     ) as error:  # safetensors raises its own type, which the files shipped with a checkpoint don't import

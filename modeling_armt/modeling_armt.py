@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import logging
 
-from .attachment_armt import attach_memories, find_decoder, find_decoder_layers
+from .attachment_armt import attach_memories, causal_table_size, find_decoder, find_decoder_layers
 from .cache_armt import ARMTCache
 from .configuration_armt import ARMTConfig
 from .generation_armt import ARMTGenerationMixin
@@ -78,6 +78,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
     def _attach(self):
         num_layers = self.config.text_config.num_hidden_layers
         self.decoder_name = find_decoder(self.model, num_layers)
+        self.max_columns = causal_table_size(self.decoder)
         check_position_table(self)
         attach_memories(self.decoder, num_layers, self.config.memory_layer_indices)
 
@@ -219,10 +220,8 @@ class ARMTPreTrainedModel(PreTrainedModel):
         opened = [0] * tokens.batch_size
         if cache is not None and cache.opened:
             opened = cache.opened * (tokens.batch_size // cache.batch_size)
-        config = self.config
-        steps = list(
-            plan_steps(tokens.counts, opened, config.segment_size, config.num_mem_tokens, cached=cache is not None)
-        )
+        sizes = (self.config.segment_size, self.config.num_mem_tokens)
+        steps = list(plan_steps(tokens.counts, opened, *sizes, cache is not None, self.max_columns))
         run = partial(run_steps, self, source, tokens, steps, cache, bptt_segments, output_hidden_states)
         return tokens, steps, run
 
@@ -396,7 +395,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
                     targets = targets.gather(1, tokens.rank.clamp(min=0)).masked_fill(~tokens.real, -100)
                 loss = self._loss(logits, targets, **kwargs)
         else:
-            loss = self._loss_by_segment(tokens.next_of(labels), steps, run, bptt_segments, **kwargs)
+            loss = self._loss_by_segment(tokens.next_of(labels), steps, run, bptt_segments, inputs_embeds, **kwargs)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -420,7 +419,13 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
         )
 
     def _loss_by_segment(
-        self, targets: torch.Tensor, steps: list[Step], run: Callable, bptt_segments: int | None, **kwargs
+        self,
+        targets: torch.Tensor,
+        steps: list[Step],
+        run: Callable,
+        bptt_segments: int | None,
+        inputs_embeds: torch.Tensor | None,
+        **kwargs,
     ) -> torch.Tensor:
         """The loss for `(B, T)` targets by token, with the logits of one segment at a time."""
         packed = RealTokens(*targets.shape)  # targets are by token: there is no padding to skip
@@ -454,6 +459,8 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             next(outputs, None)  # lets the schedule finish its work on the cache
 
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if inputs_embeds is not None and inputs_embeds.requires_grad:
+            parameters.append(inputs_embeds)
         if bptt_segments is None or not torch.is_grad_enabled() or not parameters:
             return sum(windows())
         return truncated_loss(windows(), parameters)

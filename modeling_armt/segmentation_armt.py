@@ -100,7 +100,12 @@ class RealTokens:
 
 
 def plan_steps(
-    counts: list[int], opened: list[int], segment_size: int, num_mem_tokens: int, cached: bool
+    counts: list[int],
+    opened: list[int],
+    segment_size: int,
+    num_mem_tokens: int,
+    cached: bool,
+    max_columns: int | None = None,
 ) -> Iterator[Step]:
     """
     Cuts rows into steps.
@@ -111,10 +116,12 @@ def plan_steps(
         segment_size, num_mem_tokens: as in the configuration.
         cached: whether somebody may go on from where this call ends. If not, a segment that fills up with a row's last
             token stays open: nobody would read what it wrote.
+        max_columns: what the backbone can hold in a pass, the open segments' columns included; None for no limit.
     """
     start = [0] * len(counts)
     while any(s < n for s, n in zip(start, counts, strict=True)):
-        taken = [min(n - s, segment_size - o) for n, s, o in zip(counts, start, opened, strict=True)]
+        room = (max_columns or 2 * segment_size + num_mem_tokens) - max(opened) - num_mem_tokens
+        taken = [min(n - s, segment_size - o, room) for n, s, o in zip(counts, start, opened, strict=True)]
         closes = [
             t > 0 and o + t == segment_size and (cached or s + t < n)
             for t, o, s, n in zip(taken, opened, start, counts, strict=True)

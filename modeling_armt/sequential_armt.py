@@ -57,9 +57,11 @@ def run_steps(
         states |= work.states
         segments = work.segments or segments
     for number, step in enumerate(steps):
-        # Windows end with the text, so that its last tokens see a full one.
-        if bptt_segments is not None and (len(steps) - number) % bptt_segments == 0:
+        # Windows end with the text, so that its last tokens see a full one; a call is a window of its own.
+        if bptt_segments is not None and (number == 0 or (len(steps) - number) % bptt_segments == 0):
             states = {layer: None if s is None else s.map(torch.Tensor.detach) for layer, s in states.items()}
+            if work is not None and work.keys is not None:
+                work.keys = work.keys.map(torch.Tensor.detach)
         with torch.set_grad_enabled(torch.is_grad_enabled() and number >= grad_from):
             inputs_embeds = embed_step(model, source, tokens, step)
             outputs, states, keys = model.checkpointed(
@@ -142,7 +144,8 @@ def run_segment(
             opened = torch.tensor(step.opened, device=device)[:, None]
             columns = torch.arange(length + width, device=device)
             kwargs["attention_mask"] = (columns >= length - opened).long()
-            if "position_ids" in inspect.signature(model.decoder.forward).parameters:
+            accepted = inspect.signature(model.decoder.forward).parameters
+            if "position_ids" in accepted or "inputs_embeds" not in accepted:  # the latter: hidden behind **kwargs
                 last = model.config.segment_size + step.num_mem_tokens - 1  # filler may lie beyond
                 kwargs["position_ids"] = (opened + columns[:width]).clamp(max=last)
     segment = _segment_pass(model, step, states, segments, width, device, statistics)

@@ -129,6 +129,13 @@ FAMILIES: dict[str, Family] = {
     "gpt_neo": _float32_attention(
         "gpt_neo", attention_types=[[["global", "local"], 1]], window_size=WINDOW, intermediate_size=64
     ),
+    "gpt_neo_short": _float32_attention(  # its table of positions, and of masks, just holds a segment
+        "gpt_neo",
+        attention_types=[[["global", "local"], 1]],
+        window_size=WINDOW,
+        intermediate_size=64,
+        max_position_embeddings=SEGMENT_SIZE + NUM_MEM_TOKENS,
+    ),
     "gpt_neox": Family("gpt_neox", {"intermediate_size": 64}),
     "gpt_neox_japanese": Family("gpt_neox_japanese", {"intermediate_multiple_size": 2}),
     "gpt_oss": _mixture("gpt_oss", **SLIDING_LAYER, **LOCAL_EXPERTS, head_dim=8),
@@ -143,6 +150,7 @@ FAMILIES: dict[str, Family] = {
             "logits_scaling": 4.0,
         },
     ),
+    "gpt2_short": Family("gpt2", {"max_position_embeddings": SEGMENT_SIZE + NUM_MEM_TOKENS}),
     "granite_swa": _float32_attention("granite_swa", **LLAMA, **SLIDING_LAYER),
     "granitemoe": _mixture("granitemoe", **LOCAL_EXPERTS),
     "granitemoeshared": _mixture("granitemoeshared", **LOCAL_EXPERTS, shared_intermediate_size=16),

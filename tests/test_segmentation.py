@@ -18,7 +18,10 @@ def plans(draw, cached: bool | None = None):
     opened = (
         draw(st.lists(st.integers(0, segment_size - 1), min_size=rows, max_size=rows)) if is_cached else [0] * rows
     )
-    return counts, opened, segment_size, draw(st.integers(1, 4)), is_cached
+    num_mem_tokens = draw(st.integers(1, 4))
+    fits = segment_size + num_mem_tokens
+    max_columns = draw(st.none() | st.integers(fits, 3 * fits))
+    return counts, opened, segment_size, num_mem_tokens, is_cached, max_columns
 
 
 @st.composite
@@ -99,6 +102,16 @@ def test_without_a_cache_nothing_is_written_that_nobody_reads(plan):
         closed = [step.closes[row] for step in steps if step.taken[row]]
         assert closed == [True] * (len(closed) - 1) + [False] * bool(closed)
         assert len(closed) == -(-count // segment_size)
+
+
+@examples(60)
+@given(plans())
+def test_a_step_fits_into_what_the_backbone_can_hold(plan):
+    """Open segments are padded to the longest one, and new tokens and memory tokens come behind all of them."""
+    *_, num_mem_tokens, _, max_columns = plan
+    for step in plan_steps(*plan):
+        if max_columns is not None:
+            assert max(step.opened) + step.width <= max_columns
 
 
 @examples(60)
