@@ -89,12 +89,19 @@ def run(args: argparse.Namespace) -> None:
     elif args.verb == "generate":
         from .generate import generate
 
-        prompt = args.prompt if args.prompt is not None else args.prompt_file.read_text(encoding="utf-8")
+        prompt = args.prompt if args.prompt is not None else read_text(args.prompt_file)
         generate(args.model, prompt, args.max_new_tokens, args.save_memory, args.load_memory)
     else:
         from .demo.demonstration import run_demo
 
         run_demo(args.out)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("ARMT_TRACEBACK"):
             raise
         kind = "" if isinstance(error, (ValueError, OSError, RuntimeError)) else f"{type(error).__name__}: "
-        print(f"armt: {kind}{error}", file=sys.stderr)
+        print(f"armt: {kind}{' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,8 +1,7 @@
 """Conversion of a pretrained decoder into an ARMT checkpoint, and the proof that the result is sound."""
 
-import os
+import secrets
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -216,19 +215,19 @@ def staged_folder(out: str | Path) -> Iterator[Path]:
     Raises:
         FileExistsError: if `out` is a file, or a folder with something in it.
     """
-    out = Path(out)
+    out = Path(out).resolve()
+    if out == Path.cwd():
+        raise FileExistsError(f"{out} is the current folder, which cannot be replaced; name a folder to be made.")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise FileExistsError(
             f"{out} exists and is not empty; nothing was changed. Name another folder, or remove it."
         )
     made = [parent for parent in out.parents if not parent.exists()]  # innermost first
     out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
+    folder.mkdir()
     try:
         yield folder
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)  # mkdtemp makes folders for one user only
         if out.is_dir():
             out.rmdir()
         folder.rename(out)

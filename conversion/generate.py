@@ -40,6 +40,8 @@ def generate(
     """
     if max_new_tokens < 0:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be 0 or more.")
+    if save_memory is not None and not Path(save_memory).absolute().parent.is_dir():
+        raise ValueError(f"there is no folder {Path(save_memory).parent} to save the memory in.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()
     if not isinstance(model, ARMTForCausalLM):

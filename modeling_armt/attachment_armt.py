@@ -111,18 +111,18 @@ class SegmentPass:
         memory, old = self.memories[str(layer)], self.states[layer]
         first = self.unwritten_rows
         if old is None:
-            old = memory.zero_state(y.shape[0], y.device)
-            first = torch.ones(y.shape[0], dtype=torch.bool, device=y.device)
-        elif first is not None:
-            first = first.to(y.device)
+            old = memory.zero_state(y.shape[0], memory.device or y.device)
+            first = torch.ones(y.shape[0], dtype=torch.bool)
+        if first is not None:
+            first = first.to(old.A.device)
         new, terms = memory.write(self._memory_tokens(y), old, first)
         if self.statistics is not None:
             self.statistics.add_gamma(layer, terms.gamma, self.writing_rows)
-            not_writing = None if self.writing_rows is None else ~self.writing_rows.to(y.device)
+            not_writing = None if self.writing_rows is None else ~self.writing_rows.to(old.A.device)
             ignore = first if not_writing is None else not_writing if first is None else first | not_writing
             self.statistics.add_denominator(layer, terms.denominator, None if ignore is None else ignore[:, None])
         if self.writing_rows is not None:
-            new = new.where(self.writing_rows.to(y.device), old)
+            new = new.where(self.writing_rows.to(old.A.device), old)
         self.states[layer] = new
 
     def _memory_tokens(self, y: torch.Tensor) -> torch.Tensor:

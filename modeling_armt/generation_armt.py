@@ -70,17 +70,18 @@ class ARMTGenerationMixin(GenerationMixin):
                 f"past_key_values is a {type(cache).__name__}; an ARMT model keeps its memory in an ARMTCache, which "
                 "it makes itself. Leave past_key_values out, or pass one that this model returned."
             )
-        ids = next((x for x in (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")) if x is not None), None)
-        if ids is not None and ids.shape[-1] == 0 and kwargs.get("inputs_embeds") is None:
+        prompts = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        ids = next((prompt for prompt in prompts if prompt is not None), None)
+        if ids is not None and ids.dim() > 1 and ids.shape[1] == 0:
             raise ValueError("the prompt is empty: generate needs at least one token to go on from.")
         if cache is not None and cache.columns:
             mask = kwargs.get("attention_mask")
             if ids is not None and ids.shape[1] <= cache.columns and (mask is None or mask.shape[1] == ids.shape[1]):
                 raise ValueError(
-                    f"input_ids has {ids.shape[1]} columns, but this cache has read {cache.columns} in this "
+                    f"the prompt has {ids.shape[1]} columns, but this cache has read {cache.columns} in this "
                     "conversation. Pass all ids from its start, or only new ids with cache.fork()."
                 )
-        for config in (kwargs.get("generation_config"), self.generation_config):
+        for config in (*args[1:2], kwargs.get("generation_config"), self.generation_config):
             implementation = kwargs.get("cache_implementation", getattr(config, "cache_implementation", None))
             if implementation not in (None, "dynamic"):
                 raise ValueError(

@@ -101,7 +101,7 @@ def refuse_arguments(kwargs: dict, accepted: tuple[str, ...]) -> None:
         name for name, value in kwargs.items() if name not in accepted and value is not None and value is not False
     ]
     if unknown:
-        raise TypeError(f"forward does not take {', '.join(unknown)}.")
+        raise TypeError(f"forward does not take {', '.join(unknown)}; leave it out.")
 
 
 def check_training(model: "ARMTPreTrainedModel", bptt_segments: int | None) -> None:

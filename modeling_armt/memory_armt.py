@@ -104,6 +104,12 @@ class AssociativeMemory(nn.Module):
     def state_dtype(self) -> torch.dtype:
         return torch.promote_types(self.memory_query.weight.dtype, torch.float32)
 
+    @property
+    def device(self) -> torch.device | None:
+        """Where states live; None if the weights are offloaded, so that it is where the layer runs."""
+        device = self.memory_query.weight.device
+        return None if device.type == "meta" else device
+
     def zero_state(self, batch_size: int, device: torch.device | str) -> MemoryState:
         """An empty memory: every read from it is exactly 0."""
         A = torch.zeros(

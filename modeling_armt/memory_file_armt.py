@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 
 import torch
@@ -46,14 +46,14 @@ def _offloaded_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def model_identity(model: nn.Module) -> str:
     """
-    A fingerprint of configuration and weights: equal for two loads of one checkpoint, wherever its weights are and
-    also when float32 weights were loaded in bfloat16; different after any training step.
+    A fingerprint of weights and memory: equal for two loads of one checkpoint, wherever its weights are and also when
+    float32 weights were loaded in bfloat16 (not in float16); different after any training step.
     """
-    backbone = model.config.text_config.to_dict()
-    for name in ("_name_or_path", "dtype", "transformers_version", "architectures", "use_cache"):
-        backbone.pop(name, None)  # these say nothing about what is computed
-    fields = [model.config.memory_fields, backbone]
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode())
+    fields = {"backbone": model.config.text_config.model_type, **model.config.memory_fields}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for name, tensor in model.named_buffers():  # rotary frequencies are not in the state dict
+        if name.endswith(".inv_freq"):
+            digest.update(json.dumps([name, _checksum(tensor)]).encode())
     offloaded = _offloaded_tensors(model)
     for name, tensor in sorted(model.state_dict().items()):
         tensor = offloaded[name] if tensor.is_meta else tensor
@@ -82,16 +82,15 @@ def save_memory(model: PreTrainedModel, cache: ARMTCache, path: str | os.PathLik
     metadata["rows"] = json.dumps(rows)
 
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = temporary.stat().st_mode  # the usual one; safetensors makes files for one user only
     try:
         safe_save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files for one user only
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def load_memory(model: PreTrainedModel, path: str | os.PathLike) -> ARMTCache:
@@ -123,18 +122,18 @@ def load_memory(model: PreTrainedModel, path: str | os.PathLike) -> ARMTCache:
     for name, value in json.loads(metadata["rows"]).items():
         setattr(cache, name, value)
     devices = model.layer_devices()
+    memories = {int(layer): memory for layer, memory in model.memory.items()}
     cache.last_hidden = tensors.pop("last_hidden").to(model.device, model.dtype)
     cache.states = dict.fromkeys(model.config.memory_layer_indices)
     for name, tensor in tensors.items():
         kind, layer, field = name.split(".")
         layer = int(layer)
-        tensor = tensor.to(devices[layer])
         if kind == "states" and field == "A":
             z = tensors.get(f"states.{layer}.z")
-            state = MemoryState(tensor, None if z is None else z.to(devices[layer]))
-            cache.states[layer] = state.map(lambda t, dtype=model.memory[str(layer)].state_dtype: t.to(dtype))
+            place = (memories[layer].device or devices[layer], memories[layer].state_dtype)
+            cache.states[layer] = MemoryState(tensor, z).map(lambda t, place=place: t.to(*place))
         elif kind == "statistics":
-            getattr(cache.statistics, field)[layer] = tensor
+            getattr(cache.statistics, field)[layer] = tensor.to(memories[layer].device or devices[layer])
     num_key_layers = sum(name.startswith("keys.") for name in tensors) // 2
     if num_key_layers:
         cache.keys = SegmentKeys()

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import logging
 
 from .attachment_armt import attach_memories, causal_table_size, find_decoder, find_decoder_layers
 from .cache_armt import ARMTCache
@@ -29,9 +28,6 @@ from .memory_file_armt import load_memory, save_memory
 from .segmentation_armt import OutputColumns, RealTokens, Step, plan_steps
 from .sequential_armt import run_steps
 from .truncation_armt import truncated_loss
-
-
-logger = logging.get_logger(__name__)
 
 
 class ARMTPreTrainedModel(PreTrainedModel):
@@ -118,7 +114,12 @@ class ARMTPreTrainedModel(PreTrainedModel):
         >>> model = ARMTForCausalLM.from_backbone(backbone, segment_size=1024)
         ```
         """
+        if isinstance(backbone, ARMTPreTrainedModel) or getattr(backbone, "get_output_embeddings", bool)() is None:
+            raise TypeError(f"{type(backbone).__name__} is not a plain causal language model with a head.")
         config = ARMTConfig(text_config=backbone.config, **memory_options)
+        unknown = set(memory_options) - set(config.memory_fields)
+        if unknown:
+            raise TypeError(f"{', '.join(sorted(unknown))}: no such option; see ARMTConfig.")
         with torch.device("meta"):
             model = cls(config)
         model.model = backbone
@@ -259,7 +260,8 @@ class ARMTPreTrainedModel(PreTrainedModel):
                 raise ValueError(f"past_key_values must be an ARMTCache, not {type(past_key_values).__name__}.")
             return past_key_values
         if use_cache is None:
-            use_cache = not self.training and labels is None and getattr(self.config.text_config, "use_cache", True)
+            configured = getattr(self.config, "use_cache", getattr(self.config.text_config, "use_cache", True))
+            use_cache = configured and not self.training and labels is None
         return ARMTCache() if use_cache else None
 
 
@@ -310,7 +312,7 @@ class ARMTModel(ARMTPreTrainedModel):
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
 class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
@@ -402,11 +404,13 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             past_key_values=cache,
             hidden_states=tuple(hidden_states) if output_hidden_states and hidden_states else None,
         )
-        return output if return_dict is not False else output.to_tuple()
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @staticmethod
     def _columns_to_keep(logits_to_keep: int | torch.Tensor, num_columns: int) -> tuple[int, int]:
         if isinstance(logits_to_keep, int):
+            if logits_to_keep < 0:
+                raise ValueError(f"logits_to_keep is {logits_to_keep}; it must be at least 0.")
             return max(num_columns - logits_to_keep, 0) if logits_to_keep else 0, num_columns
         return int(logits_to_keep.min()), int(logits_to_keep.max()) + 1
 

@@ -174,7 +174,7 @@ def _segment_pass(
         segment.write_at = starts.pop() if len(starts) == 1 else torch.tensor(columns, device=device)
         if not all(step.closes):
             segment.writing_rows = torch.tensor(step.closes, device=device)
-    if any(segments) and not all(segments):
+    if not all(segments) and any(state is not None for state in states.values()):
         segment.unwritten_rows = torch.tensor([n == 0 for n in segments], device=device)
     segment.statistics = statistics
     if statistics is not None and not step.is_uniform:
