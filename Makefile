@@ -25,9 +25,9 @@ demo: $(VENV)/installed
 	rm -rf armt-demo
 	$(BIN)/armt demo --out armt-demo
 
-# One torch thread to a worker: two workers with a thread pool each would fight over two cores.
+# On the CPU, and one torch thread to a worker: two workers with a thread pool each would fight over two cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --timeout $(TEST_TIMEOUT)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --timeout $(TEST_TIMEOUT)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

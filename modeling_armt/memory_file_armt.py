@@ -17,6 +17,7 @@ from .memory_armt import MemoryState
 
 
 FORMAT_VERSION = "1"
+_TRAINING_ONLY = ("drop", "initializer", "coef")
 _CHUNK = 1 << 24  # elements checksummed at once, to bound the memory it takes
 
 
@@ -49,7 +50,11 @@ def model_identity(model: nn.Module) -> str:
     A fingerprint of weights and memory: equal for two loads of one checkpoint, wherever its weights are and also when
     float32 weights were loaded in bfloat16 (not in float16); different after any training step.
     """
-    fields = {"backbone": model.config.text_config.model_type, **model.config.memory_fields}
+    backbone = model.config.text_config
+    # Of the backbone's configuration the numbers that its layers compute with: norms, scales, softcaps.
+    numbers = {name: value for name, value in backbone.to_dict().items() if type(value) is float}
+    numbers = {name: value for name, value in numbers.items() if not any(part in name for part in _TRAINING_ONLY)}
+    fields = {"backbone": backbone.model_type, **numbers, **model.config.memory_fields}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
     for name, tensor in model.named_buffers():  # rotary frequencies are not in the state dict
         if name.endswith(".inv_freq"):

@@ -189,7 +189,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
                 "use_reentrant=True loses the gradients that flow through the memory. Leave it out or pass "
                 "gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
-        self._gradient_checkpointing_func = gradient_checkpointing_func
+        self._gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
         self.gradient_checkpointing = enable
 
     def checkpointed(self, function: Callable, *args):

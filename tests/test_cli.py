@@ -34,6 +34,7 @@ REPORT = re.compile(
 def armt(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
     """The command in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("ATEN_CPU_CAPABILITY", None)  # as a user would run it
     command = [sys.executable, "-m", "modeling_armt.conversion", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
 
