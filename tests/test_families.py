@@ -117,6 +117,7 @@ def test_conversion_accepts_the_family(name: str):
     attach_checked(tiny_backbone(FAMILIES[name]), segment_size=SEGMENT_SIZE, num_mem_tokens=NUM_MEM_TOKENS)
 
 
+@pytest.mark.filterwarnings("ignore:.*without a tokenizer")
 @pytest.mark.parametrize(("family", "reason"), REFUSED.values(), ids=REFUSED)
 def test_conversion_refuses_the_family(family: Family, reason: str, tmp_path: Path):
     tiny_backbone(family).save_pretrained(tmp_path / "backbone")
