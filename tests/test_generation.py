@@ -5,8 +5,10 @@ import threading
 
 import pytest
 import torch
-from families import EOS, PAD, SEGMENT_SIZE, random_ids, tiny_model
-from helpers import difference, pad_left, pad_right
+from families import EOS, PAD, SEGMENT_SIZE, VOCABULARY, random_ids, tiny_model
+from helpers import difference, examples, pad_left, pad_right
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -234,6 +236,28 @@ def test_a_conversation_goes_on_after_rows_that_ended_early(model, early_and_lat
     for number, row in enumerate(rows):
         text = torch.cat([row, new[number][real[number]], question[number]])
         assert answers[number].tolist() == greedy(model, text)
+
+
+@examples(15)
+@given(
+    lengths=st.lists(st.integers(1, 2 * SEGMENT_SIZE), min_size=1, max_size=4),
+    ends=st.sets(st.integers(EOS + 1, VOCABULARY - 1), min_size=6, max_size=6),
+    pad=st.sampled_from([pad_left, pad_right]),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_rows_that_end_at_different_times_are_those_of_the_rows_alone(lengths, ends, pad, seed: int):
+    model = MODELS["sliding windows"]()
+    rows = [random_ids(length, seed=seed + length) for length in lengths]
+    ids, mask = pad(rows)
+    options = {"eos_token_id": sorted(ends), "return_dict_in_generate": True}
+    together = generate(model, ids, attention_mask=mask, **options)
+    for number, row in enumerate(rows):
+        alone = generate(model, row[None], **options)
+        new, found = alone.sequences[0, len(row) :].tolist(), together.sequences[number, ids.shape[1] :].tolist()
+        assert found == new + [PAD] * (len(found) - len(new))
+        read = len(row) + len(new) - (len(new) == len(found))  # the newest token of all waits for the next call
+        assert together.past_key_values.tokens[number] == read
 
 
 def test_a_finished_row_is_filled_with_padding(model, early_and_late):
