@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from .attachment_armt import attach_memories, causal_table_size, find_decoder, find_decoder_layers
 from .cache_armt import ARMTCache
+from .compilation_armt import FastPaths
 from .configuration_armt import ARMTConfig
 from .generation_armt import ARMTGenerationMixin
 from .head_armt import run_head
@@ -68,6 +69,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         # An Embedding rather than a bare parameter: adapters and quantizers look for modules.
         self.memory_tokens = nn.Embedding(config.num_mem_tokens, self.get_input_embeddings().embedding_dim)
         self.gradient_checkpointing = False
+        self.fast = FastPaths()
         self._attach()
         self.post_init()
 
@@ -179,6 +181,19 @@ class ARMTPreTrainedModel(PreTrainedModel):
             ValueError: if the file is damaged, has another format or belongs to another model.
         """
         return load_memory(self, path)
+
+    # Speed
+
+    def compile_armt(self, enabled: bool = True) -> "ARMTPreTrainedModel":
+        """
+        Switches compiled code on, or off again. What is compiled is compiled when it is first needed, once per shape;
+        results stay the same up to rounding.
+
+        Returns:
+            The model itself.
+        """
+        self.fast = FastPaths(enabled)
+        return self
 
     # Gradient checkpointing: per segment, not per layer
 

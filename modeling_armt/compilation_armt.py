@@ -1,0 +1,27 @@
+"""What makes one model fast: compiled code, captured graphs and their buffers, as far as they exist."""
+
+import threading
+
+
+class FastPaths:
+    """
+    Belongs to one model object. It is not part of the model: never saved, and a copy of the model starts without.
+
+    Attributes:
+        enabled: whether `compile_armt` was called.
+        lock: held by whoever uses what follows.
+        diagonal: the prepared diagonal schedule, None before its first use.
+        decode: the prepared decode step, None before its first use.
+    """
+
+    def __init__(self, enabled: bool = False):
+        self.enabled = enabled
+        self.lock = threading.RLock()
+        self.diagonal = None
+        self.decode = None
+
+    def __deepcopy__(self, memo) -> "FastPaths":
+        return FastPaths(self.enabled)
+
+    def __reduce__(self):
+        return FastPaths, (self.enabled,)
