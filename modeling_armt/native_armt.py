@@ -9,7 +9,7 @@ from .attachment_armt import find_decoder_layers
 
 
 class StandIn(nn.Module):
-    """Stands in for a decoder layer: a decoder that asks for the layer's attributes (its kind of mask, ...) gets them."""
+    """Stands in for a decoder layer: a decoder that looks at it (which kind of mask it wants) sees the layer."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
