@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     prompt = verb.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text itself")
     prompt.add_argument("--prompt-file", type=Path, help="a UTF-8 text file")
+    prompt.add_argument("--prompt-ids", type=Path, metavar="F", help="a .npy file of token ids, mapped, not loaded")
     verb.add_argument("--max-new-tokens", type=int, default=100, help="0 only reads (default 100)")
     verb.add_argument("--save-memory", type=Path, metavar="F", help="save what was read, before anything is generated")
     verb.add_argument("--load-memory", type=Path, metavar="F", help="start from a saved memory")
@@ -89,8 +90,8 @@ def run(args: argparse.Namespace) -> None:
     elif args.verb == "generate":
         from .generate import generate
 
-        prompt = args.prompt if args.prompt is not None else read_text(args.prompt_file)
-        generate(args.model, prompt, args.max_new_tokens, args.save_memory, args.load_memory)
+        prompt = read_text(args.prompt_file) if args.prompt_file is not None else args.prompt
+        generate(args.model, prompt, args.max_new_tokens, args.save_memory, args.load_memory, args.prompt_ids)
     else:
         from .demo.demonstration import run_demo
 

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from tqdm import tqdm
@@ -17,20 +18,22 @@ from ..modeling_armt import ARMTForCausalLM
 
 def generate(
     checkpoint: str | Path,
-    prompt: str,
+    prompt: str | None,
     max_new_tokens: int = 100,
     save_memory: Path | None = None,
     load_memory: Path | None = None,
+    prompt_ids: Path | None = None,
 ) -> str:
     """
     Reads a prompt, streams what follows to the terminal, and says what it took.
 
     Args:
         checkpoint: folder or Hub id of an ARMT checkpoint.
-        prompt: text of any length.
+        prompt: text of any length, or None for `prompt_ids`.
         max_new_tokens: 0 only reads.
         save_memory: file for the memory after the prompt, before anything is generated.
         load_memory: file of an earlier `save_memory`, on which the prompt follows.
+        prompt_ids: a `.npy` file of token ids `(T,)`, which is mapped rather than loaded.
 
     Returns:
         The generated text.
@@ -47,16 +50,20 @@ def generate(
     if not isinstance(model, ARMTForCausalLM):
         raise ValueError(f"{checkpoint} is a plain {model.config.model_type} model. Convert it first: armt convert")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=load_memory is None)["input_ids"].to(device)
-    if ids.shape[1] == 0 or not prompt.strip():
+    if prompt_ids is not None:
+        ids = map_ids(prompt_ids)
+    else:
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=load_memory is None)["input_ids"][0]
+    if len(ids) == 0 or (prompt is not None and not prompt.strip()):
         raise ValueError("the prompt is empty: there is nothing to go on from.")
+    last = torch.tensor([[int(ids[-1])]], device=device)
     cache = ARMTCache() if load_memory is None else model.load_memory(load_memory)
 
     started = time.monotonic()
-    read(model, ids[:, :-1], cache)
+    read(model, ids[:-1], cache)
     if save_memory is not None:
         whole = cache.fork()
-        read(model, ids[:, -1:], whole)
+        model.read(last, whole)
         model.save_memory(whole, save_memory)
     reading, new = time.monotonic() - started, 0
     text = ""
@@ -64,23 +71,36 @@ def generate(
         started = time.monotonic()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         # The last token of the prompt is read by generate, which samples what follows.
-        output = model.generate(
-            ids[:, -1:], past_key_values=cache.fork(), max_new_tokens=max_new_tokens, streamer=streamer
-        )[0, 1:]
+        output = model.generate(last, past_key_values=cache.fork(), max_new_tokens=max_new_tokens, streamer=streamer)[
+            0, 1:
+        ]
         new, text = len(output), tokenizer.decode(output, skip_special_tokens=True)
     generating = time.monotonic() - started
-    report(ids.shape[1], reading, new, generating)
+    report(len(ids), reading, new, generating)
     return text
 
 
-@torch.no_grad()
-def read(model: ARMTForCausalLM, ids: torch.Tensor, cache: ARMTCache) -> None:
-    """Reads `(1, T)` ids into `cache`, with a progress bar where it takes more than a few segments."""
-    pieces = ids.split(max(4096, model.config.segment_size), dim=1) if ids.shape[1] else ()
-    with tqdm(total=ids.shape[1], unit="token", desc="reading", disable=len(pieces) < 2, leave=False) as bar:
-        for piece in pieces:
-            model(piece, past_key_values=cache, logits_to_keep=1)
-            bar.update(piece.shape[1])
+def map_ids(path: Path) -> np.ndarray:
+    """The `(T,)` token ids of a `.npy` file, mapped into memory."""
+    try:
+        ids = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a .npy file: {error}") from error
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise ValueError(f"{path} does not hold token ids: it must be a .npy file with one row of integers.")
+    return ids
+
+
+def read(model: ARMTForCausalLM, ids: torch.Tensor | np.ndarray, cache: ARMTCache) -> None:
+    """Reads `(T,)` ids into `cache`, with a progress bar where it takes more than one block."""
+    if len(ids) == 0:
+        return
+    segment_size = model.config.segment_size
+    # A block is a moment on a GPU; on a CPU the bar should move before the user wonders.
+    block_segments = 512 if model.device.type == "cuda" else max(1, 4096 // segment_size)
+    few = len(ids) <= block_segments * segment_size
+    with tqdm(total=len(ids), unit="token", desc="reading", disable=few, leave=False) as bar:
+        model.read(ids, cache, block_segments=block_segments, progress=bar.update)
 
 
 def peak_resident_memory() -> int:

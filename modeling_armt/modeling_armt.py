@@ -9,6 +9,7 @@ how a batch is cut, `cache_armt.py` what is kept between calls.
 import copy
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from .memory_armt import AssociativeMemory
 from .memory_file_armt import load_memory, save_memory
 from .segmentation_armt import OutputColumns, RealTokens, Step, plan_steps
 from .sequential_armt import run_steps
+from .streaming_armt import read_stream
 from .truncation_armt import truncated_loss
 
 
@@ -420,6 +422,37 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             hidden_states=tuple(hidden_states) if output_hidden_states and hidden_states else None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    @torch.no_grad()
+    def read(
+        self,
+        tokens: Any,
+        past_key_values: ARMTCache | None = None,
+        schedule: str | None = None,
+        block_segments: int = 512,
+        progress: Callable[[int], Any] | None = None,
+    ) -> CausalLMOutputWithPast:
+        """
+        Reads a text of any length from wherever it is, block by block and without gradients: what one forward call
+        would return for its last token, with no more of the text in memory than a block.
+
+        Args:
+            tokens: `(T,)` or `(B, T)` ids: a tensor of any integer dtype on any device, or an array (`np.memmap` and
+                `np.load(..., mmap_mode="r")` too), of which blocks are sliced; or an iterable of ints, or an iterator
+                of `(n,)` chunks of any sizes, which is taken as far as the next block needs.
+            past_key_values: what earlier calls returned; advanced when everything is read, untouched if that fails.
+            schedule: as in forward.
+            block_segments: segments in a block.
+            progress: called after each block with the number of tokens it had.
+
+        Returns:
+            `logits` `(B, 1, vocabulary)` of the last token and `past_key_values`.
+
+        Raises:
+            ValueError: for an empty text, or what is not token ids of this vocabulary; it names the position.
+        """
+        cache = self._cache_for(past_key_values, use_cache=True)
+        return read_stream(self, tokens, cache, schedule, block_segments, progress)
 
     @staticmethod
     def _columns_to_keep(logits_to_keep: int | torch.Tensor, num_columns: int) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, tiny_backbone
@@ -108,7 +109,10 @@ class TestHelp:
         [
             ("convert", ["--segment-size", "--num-mem-tokens", "--d-mem", "--variant", "--memory-layers", "--dtype"]),
             ("import", ["--backbone", "--segment-size", "--variant", "--no-correction", "--no-denom", "--out"]),
-            ("generate", ["--prompt", "--prompt-file", "--max-new-tokens", "--save-memory", "--load-memory"]),
+            (
+                "generate",
+                ["--prompt", "--prompt-file", "--prompt-ids", "--max-new-tokens", "--save-memory", "--load-memory"],
+            ),
             ("demo", ["--out"]),
         ],
     )
@@ -135,6 +139,7 @@ class TestHelp:
             ["import", "checkpoint", "--backbone", "b", "--out", "x", "--segment-size", "8"],
             ["generate", "model"],
             ["generate", "model", "--prompt", "a", "--prompt-file", "b"],
+            ["generate", "model", "--prompt-file", "a", "--prompt-ids", "b"],
         ],
         ids=" ".join,
     )
@@ -266,6 +271,32 @@ class TestGenerate:
         (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
         outcome = run("generate", folder, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 20)
         assert outcome.out.strip() == expected_text(folder, PROMPT).strip()
+
+    @pytest.mark.parametrize("text", [PROMPT, PROMPT * 100], ids=["short", "long"])
+    def test_prompt_from_mapped_ids(self, run, folder, tmp_path, text):
+        ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
+        np.save(tmp_path / "ids.npy", np.array(ids, np.uint16))
+        outcome = run("generate", folder, "--prompt-ids", tmp_path / "ids.npy", "--max-new-tokens", 20)
+        assert outcome.report()["read"] == len(ids)
+        assert outcome.out.strip() == expected_text(folder, text).strip()
+
+    @pytest.mark.parametrize("ids", [np.ones(3), np.ones((2, 3), int)], ids=["floats", "rows"])
+    def test_prompt_ids_that_are_none(self, fails, folder, tmp_path, ids):
+        np.save(tmp_path / "ids.npy", ids)
+        assert "ids.npy does not hold token ids" in fails("generate", folder, "--prompt-ids", tmp_path / "ids.npy")
+
+    @pytest.mark.parametrize("content", [b"text", b"\x93NUMPY\x01"])
+    def test_prompt_ids_in_another_format(self, fails, folder, tmp_path, content):
+        (tmp_path / "ids.npy").write_bytes(content)
+        assert "ids.npy" in fails("generate", folder, "--prompt-ids", tmp_path / "ids.npy")
+
+    def test_empty_prompt_ids(self, fails, folder, tmp_path):
+        np.save(tmp_path / "ids.npy", np.array([], int))
+        assert "empty" in fails("generate", folder, "--prompt-ids", tmp_path / "ids.npy")
+
+    def test_prompt_id_outside_the_vocabulary(self, fails, folder, tmp_path):
+        np.save(tmp_path / "ids.npy", np.array([1, -2, 3]))
+        assert "token 1 is -2" in fails("generate", folder, "--prompt-ids", tmp_path / "ids.npy")
 
     def test_closing_line_reports_tokens_speed_and_memory(self, run, folder):
         report = run("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 20).report()
