@@ -2,8 +2,9 @@
 The associative memory of one layer, in plain tensors (arXiv 2407.04841, section 2; delta rule and DPFP of
 arXiv 2102.11174).
 
-Shapes: B batch, P positions, m memory tokens, D hidden size, d `d_mem`, K = 2 * nu * d feature size. A memory is a
-matrix A (B, K, D) of associations and a vector z (B, K) that normalises what is read from it:
+Shapes: B batch, P positions, m memory tokens, D hidden size, d `d_mem`, K = 2 * nu * d feature size; B may stand for
+several dimensions, such as those of several layers. A memory is a matrix A (B, K, D) of associations and a vector
+z (B, K) that normalises what is read from it:
 
     read   x <- x + (phi(Wq x) A) / (phi(Wq x) . z + eps)
     write  k = phi(Wk y),  v = Wv y,  beta = sigmoid(Wb y)               for the m memory tokens y of a segment
@@ -13,6 +14,8 @@ matrix A (B, K, D) of associations and a vector z (B, K) that normalises what is
 
 All m tokens of a write see the old A and z, and beta does not touch z. Features, products and the state are float32
 (float64 for a float64 model), whatever the dtype of the backbone: over thousands of writes bfloat16 loses the memory.
+One product, phi(q) A of a read, is bfloat16 in a bfloat16 backbone: its result is added to a bfloat16 x, and no error
+of it stays in the memory.
 """
 
 from collections.abc import Callable
@@ -34,8 +37,8 @@ class MemoryState(NamedTuple):
 
     def where(self, rows: torch.Tensor, other: "MemoryState") -> "MemoryState":
         """This state in the rows that the `(B,)` bool tensor marks, `other` in the rest."""
-        A = torch.where(rows[:, None, None], self.A, other.A)
-        return MemoryState(A, None if self.z is None else torch.where(rows[:, None], self.z, other.z))
+        A = torch.where(rows[..., None, None], self.A, other.A)
+        return MemoryState(A, None if self.z is None else torch.where(rows[..., None], self.z, other.z))
 
 
 class WriteTerms(NamedTuple):
@@ -137,7 +140,12 @@ class AssociativeMemory(nn.Module):
         """
         with torch.autocast(x.device.type, enabled=False):  # float32 also under mixed precision
             q = self._features(self._project(self.memory_query, x))  # (B, P, K)
-            answer, denominator = self._recall(q, state)
+            if x.dtype == torch.bfloat16:
+                denominator = self._denominator(q, state)
+                q = q if denominator is None else q / denominator[..., None]
+                answer = q.to(x.dtype) @ state.A.to(x.dtype)
+            else:
+                answer, denominator = self._recall(q, state)
             return x + answer.to(x.device, x.dtype), denominator
 
     def write(
@@ -160,20 +168,23 @@ class AssociativeMemory(nn.Module):
             beta = self._project(self.memory_beta, y).sigmoid()  # (B, m, 1)
 
             known, denominator = self._recall(k, state)  # an empty memory knows 0
-            A = state.A + (beta * k).transpose(1, 2) @ (v - known)
+            A = state.A + (beta * k).mT @ (v - known)
 
-            gamma = k.new_ones(k.shape[:2])
+            gamma = k.new_ones(k.shape[:-1])
             if self.use_denom and self.correction:
                 gamma = (1 - denominator / (k.square().sum(-1) + self.gamma_eps)).clamp(0, 1).detach()
                 if first is not None:
-                    gamma = gamma.masked_fill(first[:, None], 1.0)
-            z = state.z + (gamma[..., None] * k).sum(1) if self.use_denom else None
+                    gamma = gamma.masked_fill(first[..., None], 1.0)
+            z = state.z + (gamma[..., None] * k).sum(-2) if self.use_denom else None
             return MemoryState(A, z), WriteTerms(gamma, denominator)
+
+    def _denominator(self, query: torch.Tensor, state: MemoryState) -> torch.Tensor | None:
+        """query . z + eps `(B, P)` for `(B, P, K)` queries."""
+        if not self.use_denom:
+            return None
+        return (query * state.z[..., None, :]).sum(-1) + self.denom_eps
 
     def _recall(self, query: torch.Tensor, state: MemoryState) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(query A) / (query . z + eps) for `(B, P, K)` queries, and the `(B, P)` denominators."""
-        answer = query @ state.A
-        if not self.use_denom:
-            return answer, None
-        denominator = (query @ state.z[..., None]).squeeze(-1) + self.denom_eps
-        return answer / denominator[..., None], denominator
+        answer, denominator = query @ state.A, self._denominator(query, state)
+        return answer if denominator is None else answer / denominator[..., None], denominator

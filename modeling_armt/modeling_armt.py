@@ -22,13 +22,15 @@ from .attachment_armt import attach_memories, causal_table_size, find_decoder, f
 from .cache_armt import ARMTCache
 from .compilation_armt import FastPaths
 from .configuration_armt import ARMTConfig
+from .decode_armt import decode
 from .generation_armt import ARMTGenerationMixin
 from .head_armt import run_head
 from .input_armt import check_columns, check_input, check_position_table, check_training, refuse_arguments
 from .memory_armt import AssociativeMemory
 from .memory_file_armt import load_memory, save_memory
-from .segmentation_armt import OutputColumns, RealTokens, Step, plan_steps
-from .sequential_armt import run_steps
+from .reading_armt import run_steps
+from .schedule_armt import choose_schedule
+from .segmentation_armt import OutputColumns, RealTokens, Step
 from .streaming_armt import read_stream
 from .truncation_armt import truncated_loss
 
@@ -226,6 +228,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         whole: bool,
         bptt_segments: int | None = None,
         output_hidden_states: bool = False,
+        schedule: str | None = None,
     ) -> tuple[RealTokens, list[Step], Callable[..., Iterator[tuple[Step, tuple[torch.Tensor, ...]]]]]:
         """
         Checks the input and cuts it into steps. `whole` says that it is not one of several parts of a text.
@@ -238,17 +241,18 @@ class ARMTPreTrainedModel(PreTrainedModel):
         opened = [0] * tokens.batch_size
         if cache is not None and cache.opened:
             opened = cache.opened * (tokens.batch_size // cache.batch_size)
-        sizes = (self.config.segment_size, self.config.num_mem_tokens)
-        steps = list(plan_steps(tokens.counts, opened, *sizes, cache is not None, self.max_columns))
-        run = partial(run_steps, self, source, tokens, steps, cache, bptt_segments, output_hidden_states)
+        steps, prepared = choose_schedule(
+            self, tokens.counts, opened, cache is not None, schedule, output_hidden_states
+        )
+        run = partial(run_steps, self, source, tokens, steps, cache, bptt_segments, output_hidden_states, prepared)
         return tokens, steps, run
 
     def _read_columns(
-        self, columns: OutputColumns, run: Iterator, cache: ARMTCache | None
+        self, columns: OutputColumns, run: Callable[..., Iterator], cache: ARMTCache | None
     ) -> tuple[torch.Tensor, ...]:
         """Runs all steps; returns `(last hidden state, hidden states of all layers ...)` in the wanted columns."""
         before = None if cache is None else cache.last_hidden
-        for step, outputs in run:
+        for step, outputs in run(wants=columns.wants):
             columns.add(step, outputs)
         if before is None and not columns.empty:  # no row has had a token yet
             width = self.get_output_embeddings().weight.shape[-1]
@@ -293,6 +297,7 @@ class ARMTModel(ARMTPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        schedule: str | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast | tuple:
@@ -304,6 +309,7 @@ class ARMTModel(ARMTPreTrainedModel):
             inputs_embeds: `(B, T, D)` instead of `input_ids`.
             use_cache: return a cache; default: unless training.
             output_hidden_states: return the hidden states of all layers too.
+            schedule: `sequential`, `diagonal`, or None for what is faster here; they return the same.
             return_dict: False for a tuple.
 
         Returns:
@@ -322,8 +328,9 @@ class ARMTModel(ARMTPreTrainedModel):
             cache,
             whole=past_key_values is None,
             output_hidden_states=bool(output_hidden_states),
+            schedule=schedule,
         )
-        hidden, *hidden_states = self._read_columns(OutputColumns(tokens, 0, tokens.num_columns), run(), cache)
+        hidden, *hidden_states = self._read_columns(OutputColumns(tokens, 0, tokens.num_columns), run, cache)
         output = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,
@@ -347,6 +354,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool = True,
         bptt_segments: int | None = None,
+        schedule: str | None = None,
         return_dict: bool | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast | tuple:
@@ -367,6 +375,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             bptt_segments: gradients flow back through so many segments at most (counted from the end of the text);
                 None: through all. With `return_logits=False` it bounds the memory of training too: a window is
                 differentiated as soon as it is read.
+            schedule: `sequential`, `diagonal`, or None for what is faster here; they return the same.
             return_dict: False for a tuple.
             kwargs: `num_items_in_batch` and other arguments of the loss function.
 
@@ -374,6 +383,15 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             `loss`, `logits` `(B, T, vocabulary)`, `past_key_values`, `hidden_states`. A padding column holds what its
             row's last real token before it got.
         """
+        if self.fast.enabled and isinstance(past_key_values, ARMTCache) and not kwargs:
+            others = (inputs_embeds, labels, bptt_segments)
+            states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            if return_logits and type(logits_to_keep) is int and not states and others == (None, None, None):
+                logits = decode(self, input_ids, attention_mask, past_key_values)
+                if logits is not None:
+                    output = CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+                    as_dict = self.config.return_dict if return_dict is None else return_dict
+                    return output if as_dict else output.to_tuple()
         refuse_arguments(kwargs, accepted=("num_items_in_batch", "ignore_index"))
         cache = self._cache_for(past_key_values, use_cache, labels)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
@@ -393,6 +411,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             whole=past_key_values is None,
             bptt_segments=bptt_segments,
             output_hidden_states=bool(output_hidden_states),
+            schedule=schedule,
         )
         if labels is not None and labels.shape != (tokens.batch_size, tokens.num_columns):
             expected = (tokens.batch_size, tokens.num_columns)
@@ -403,7 +422,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
                 logits_to_keep = check_columns(logits_to_keep, tokens.num_columns)
             first, last = self._columns_to_keep(logits_to_keep, tokens.num_columns)
             columns = OutputColumns(tokens, 0 if output_hidden_states else first, last)
-            hidden, *hidden_states = self._read_columns(columns, run(), cache)
+            hidden, *hidden_states = self._read_columns(columns, run, cache)
             hidden = hidden[:, first - columns.first :]
             if isinstance(logits_to_keep, torch.Tensor):
                 hidden = hidden[:, logits_to_keep.to(hidden.device) - first]
@@ -497,7 +516,8 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
 
         def windows() -> Iterator[torch.Tensor]:
             loss = zero = torch.zeros((), device=targets.device)
-            outputs = run(grad_from=grad_from)
+            wanted = {id(step) for step, count in zip(steps, counts, strict=True) if count}
+            outputs = run(grad_from=grad_from, wants=lambda step: id(step) in wanted)
             for number, (target, count) in enumerate(zip(of_step, counts, strict=True)):
                 step, (hidden, *_) = next(outputs)
                 if count:

@@ -26,6 +26,7 @@ class Step:
     opened: list[int]  # tokens that the row's open segment held before the step
     closes: list[bool]  # whether the row's segment ends with this step, so that its memory is written
     num_mem_tokens: int
+    rows: list[int] | None = None  # which rows of the batch the entries stand for; None: all, in order
 
     @property
     def width(self) -> int:
@@ -76,19 +77,18 @@ class RealTokens:
         Takes a step's tokens out of a `(B, T, ...)` tensor.
 
         Returns:
-            `(B, max(step.taken), ...)`, packed to the left; past a row's tokens: the row's other entries if there is
-            no padding to skip, else `fill`.
+            `(rows of the step, max(step.taken), ...)`, packed to the left; past a row's tokens `fill`.
         """
         length = max(step.taken)
-        if self.columns is None and step.is_uniform:
+        if self.columns is None and step.is_uniform and step.rows is None:
             return source[:, step.start[0] : step.start[0] + length]
+        rows = torch.tensor(step.rows or range(self.batch_size), device=source.device)[:, None]
         start = torch.tensor(step.start, device=source.device)[:, None]
         index = start + torch.arange(length, device=source.device)
         valid = index < start + torch.tensor(step.taken, device=source.device)[:, None]
         index = index.clamp(max=self.num_columns - 1)
         if self.columns is not None:
-            index = self.columns.to(source.device).gather(1, index)
-        rows = torch.arange(self.batch_size, device=source.device)[:, None]
+            index = self.columns.to(source.device)[rows, index]
         valid = valid.view(*valid.shape, *[1] * (source.dim() - 2))
         return torch.where(valid, source[rows, index], fill)
 
@@ -132,6 +132,54 @@ def plan_steps(
         opened = step.open_after if cached else [0] * len(counts)
 
 
+def plan_pipeline(
+    counts: list[int],
+    opened: list[int],
+    segment_size: int,
+    num_mem_tokens: int,
+    cached: bool,
+    lanes: int,
+) -> list[Step]:
+    """
+    Cuts rows into steps for a schedule that works on many segments at once.
+
+    First one step that fills up the segments that are open; then steps with `rows`, each of which takes a segment from
+    some rows; then one step for what is left over. Rows queue for the lanes of the steps in the middle: the next row
+    enters a lane where another ends. Without a cache nobody goes on from the end, and what is left over may take part
+    in the middle, as segments that are not written.
+
+    Args:
+        counts, opened, segment_size, num_mem_tokens, cached: as for [`plan_steps`].
+        lanes: rows of a step in the middle, at most.
+    """
+    batch_size, steps, start = len(counts), [], [0] * len(counts)
+    if any(opened):
+        taken = [min(n, segment_size - o) if o else 0 for n, o in zip(counts, opened, strict=True)]
+        if any(taken):
+            closes = [t > 0 and o + t == segment_size for t, o in zip(taken, opened, strict=True)]
+            steps.append(Step(start, taken, opened, closes, num_mem_tokens))
+            start, opened = taken, steps[0].open_after
+    left = [0 if o else n - s for n, s, o in zip(counts, start, opened, strict=True)]
+    segments = [n // segment_size if cached else -(-n // segment_size) for n in left]
+    queues: list[list[int]] = [[] for _ in range(min(lanes, sum(n > 0 for n in segments)))]
+    for row in sorted(range(batch_size), key=lambda row: -segments[row]):  # the longest first, to the emptiest lane
+        if segments[row]:
+            min(queues, key=lambda queue: sum(segments[r] for r in queue)).append(row)
+    places = [[(row, number) for row in queue for number in range(segments[row])] for queue in queues]
+    places.sort(key=len, reverse=True)  # lanes that are done are the last ones
+    for number in range(len(places[0]) if places else 0):
+        rows, numbers = zip(*[place[number] for place in places if number < len(place)], strict=True)
+        first = [start[row] + n * segment_size for row, n in zip(rows, numbers, strict=True)]
+        taken = [min(segment_size, counts[row] - f) for row, f in zip(rows, first, strict=True)]
+        closes = [cached or f + segment_size < counts[row] for row, f in zip(rows, first, strict=True)]
+        steps.append(Step(first, taken, [0] * len(rows), closes, num_mem_tokens, list(rows)))
+    start = [s + min(n * segment_size, max(c - s, 0)) for s, n, c in zip(start, segments, counts, strict=True)]
+    taken = [n - s for n, s in zip(counts, start, strict=True)]
+    if any(taken):
+        steps.append(Step(start, taken, opened, [False] * batch_size, num_mem_tokens))
+    return steps
+
+
 class OutputColumns:
     """
     Puts what the steps return back into the columns of the input. A padding column gets what its row's last real token
@@ -157,8 +205,8 @@ class OutputColumns:
     def wants(self, step: Step) -> bool:
         """Whether any of the step's tokens is asked for."""
         bounds = self.bounds or [(self.first, self.last)] * self.tokens.batch_size
-        rows = zip(step.start, step.taken, bounds, strict=True)
-        return any(taken > 0 and start < high and start + taken > low for start, taken, (low, high) in rows)
+        rows = zip(step.start, step.taken, step.rows or range(len(bounds)), strict=True)
+        return any(t > 0 and start < bounds[row][1] and start + t > bounds[row][0] for start, t, row in rows)
 
     def add(self, step: Step, tensors: tuple[torch.Tensor, ...]) -> None:
         """Takes the `(B, P, ...)` results of a step; dropped unless wanted."""
@@ -178,29 +226,35 @@ class OutputColumns:
             shape = (self.tokens.batch_size, self.last - self.first, -1)
             filled = [tensor.new_zeros(*shape[:2], tensor.shape[-1]) for tensor in self.empty]
             return (*([before[:, None].expand(shape)] if before is not None else filled[:1]), *filled[1:])
-        joined = [torch.cat(pieces, dim=1) for pieces in zip(*self.pieces, strict=True)]
-        if self.source is None and all(step.is_uniform for step in self.steps):
+        pieces = list(zip(*self.pieces, strict=True))
+        if self.source is None and all(step.is_uniform and step.rows is None for step in self.steps):
             offset = self.first - self.steps[0].start[0]
+            joined = [torch.cat(tensors, dim=1) for tensors in pieces]
             return tuple(tensor[:, offset : offset + self.last - self.first] for tensor in joined)
+        joined = [torch.cat([tensor.flatten(0, 1) for tensor in tensors]) for tensors in pieces]
         index = self._index(joined[0].device)
         known = index >= 0
-        rows = torch.arange(index.shape[0], device=index.device)[:, None]
         results = []
         for number, tensor in enumerate(joined):
             fill = tensor.new_zeros(()) if before is None or number else before[:, None].to(tensor)
-            results.append(torch.where(known[..., None], tensor[rows, index.clamp(min=0)], fill))
+            results.append(torch.where(known[..., None], tensor[index.clamp(min=0)], fill))
         return tuple(results)
 
     def _index(self, device: torch.device) -> torch.Tensor:
-        """`(B, L)`, where in the joined pieces each wanted column's token is; -1 for columns without."""
+        """`(B, L)`, where in the flattened and joined pieces each wanted column's token is; -1 for columns without."""
         source = self.source
         if source is None:
             source = torch.arange(self.first, self.last).expand(self.tokens.batch_size, -1)
         source = source.to(device)
         index, offset = torch.full_like(source, -1), 0
         for step in self.steps:
+            width, number = max(step.taken), len(step.taken)
+            rows = slice(None) if step.rows is None else torch.tensor(step.rows, device=device)
             start = torch.tensor(step.start, device=device)[:, None]
-            inside = (source >= start) & (source < start + torch.tensor(step.taken, device=device)[:, None])
-            index = torch.where(inside, source - start + offset, index)
-            offset += max(step.taken)
+            inside = (source[rows] >= start) & (
+                source[rows] < start + torch.tensor(step.taken, device=device)[:, None]
+            )
+            place = offset + width * torch.arange(number, device=device)[:, None] + source[rows] - start
+            index[rows] = torch.where(inside, place, index[rows])
+            offset += width * number
         return index

@@ -5,14 +5,13 @@ It works for every backbone and every batch, and is what other schedules are com
 """
 
 import inspect
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from .attachment_armt import MemoryStatistics, SegmentPass
-from .cache_armt import ARMTCache, SegmentKeys
+from .cache_armt import SegmentKeys
 from .memory_armt import MemoryState
 from .segmentation_armt import RealTokens, Step
 
@@ -23,82 +22,28 @@ if TYPE_CHECKING:
 States = dict[int, MemoryState | None]
 
 
-def run_steps(
-    model: "ARMTPreTrainedModel",
-    source: torch.Tensor,
-    tokens: RealTokens,
-    steps: list[Step],
-    cache: ARMTCache | None = None,
-    bptt_segments: int | None = None,
-    output_hidden_states: bool = False,
-    grad_from: int = 0,
-) -> Iterator[tuple[Step, tuple[torch.Tensor, ...]]]:
-    """
-    Reads a batch step by step.
+def embed_tokens(model: "ARMTPreTrainedModel", source: torch.Tensor, tokens: RealTokens, step: Step) -> torch.Tensor:
+    """`(rows of the step, max(step.taken), D)`, its tokens on the model's device, or the embeddings given for them."""
+    embedding = model.get_input_embeddings()
+    packed = tokens.pack(source, step)
+    if source.is_floating_point():
+        return packed
+    return embedding(packed if embedding.weight.is_meta else packed.to(embedding.weight.device))
 
-    Args:
-        model: the model that reads.
-        source: `(B, T)` token ids or `(B, T, D)` embeddings, on any device.
-        tokens, steps: where its real tokens are, and how they are cut.
-        cache: where the batch comes from. Advanced when the iterator is exhausted, untouched if it is not.
-        bptt_segments: detach the memory every so many steps.
-        output_hidden_states: yield the hidden states of all layers too.
-        grad_from: steps before this one run without gradients.
 
-    Yields:
-        Each step with `(last hidden state, hidden states of all layers ...)`, each `(B, P, D)`.
-    """
-    states: States = dict.fromkeys(model.config.memory_layer_indices)
-    segments, work = [0] * tokens.batch_size, None
-    if cache is not None:
-        work = cache.fork()  # the caller's cache changes all at once, at the end
-        if work.batch_size == 1 < tokens.batch_size:  # one memory, many questions
-            work.batch_repeat_interleave(tokens.batch_size)
-        states |= work.states
-        segments = work.segments or segments
-    for number, step in enumerate(steps):
-        # Windows end with the text, so that its last tokens see a full one; a call is a window of its own.
-        if bptt_segments is not None and (number == 0 or (len(steps) - number) % bptt_segments == 0):
-            states = {layer: None if s is None else s.map(torch.Tensor.detach) for layer, s in states.items()}
-            if work is not None and work.keys is not None:
-                work.keys = work.keys.map(torch.Tensor.detach)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and number >= grad_from):
-            inputs_embeds = embed_step(model, source, tokens, step)
-            outputs, states, keys = model.checkpointed(
-                run_segment,
-                model,
-                inputs_embeds,
-                step,
-                states,
-                segments,
-                None if work is None else work.keys,
-                work is not None,
-                None if work is None or model.training else work.statistics,
-                output_hidden_states,
-            )
-        segments = [n + closes for n, closes in zip(segments, step.closes, strict=True)]
-        if work is not None:
-            work.keys, work.opened = keys, step.open_after
-            work.last_hidden = _last_of_rows(outputs[0], step, work.last_hidden)
-        yield step, outputs
-    if cache is not None:
-        work.states, work.segments = states, segments
-        work.tokens = [a + b for a, b in zip(work.tokens or [0] * tokens.batch_size, tokens.counts, strict=True)]
-        work.columns = cache.columns + tokens.num_columns
-        cache.__dict__.update(work.__dict__)
+def embed_memory_tokens(model: "ARMTPreTrainedModel", like: torch.Tensor) -> torch.Tensor:
+    """`(m, D)` memory tokens, with device and dtype of `like`."""
+    weight = model.memory_tokens.weight  # on the meta device if it is offloaded; then its hook moves the index
+    index = torch.arange(weight.shape[0], device=like.device if weight.is_meta else weight.device)
+    return model.memory_tokens(index).to(like.device, like.dtype)
 
 
 def embed_step(model: "ARMTPreTrainedModel", source: torch.Tensor, tokens: RealTokens, step: Step) -> torch.Tensor:
     """`(B, P, D)` input of a step: its tokens, and the memory tokens of the segments that close."""
-    embedding = model.get_input_embeddings()
-    packed = tokens.pack(source, step)
-    if not source.is_floating_point():
-        packed = embedding(packed if embedding.weight.is_meta else packed.to(embedding.weight.device))
+    packed = embed_tokens(model, source, tokens, step)
     if not any(step.closes):
         return packed
-    weight = model.memory_tokens.weight  # on the meta device if it is offloaded; then its hook moves the index
-    index = torch.arange(step.num_mem_tokens, device=packed.device if weight.is_meta else weight.device)
-    memory_tokens = model.memory_tokens(index).to(packed.device, packed.dtype)
+    memory_tokens = embed_memory_tokens(model, packed)
     if step.is_uniform:
         return torch.cat([packed, memory_tokens.expand(len(packed), -1, -1)], dim=1)
     packed = nn.functional.pad(packed, (0, 0, 0, step.width - packed.shape[1]))
@@ -183,7 +128,7 @@ def _segment_pass(
     return segment
 
 
-def _last_of_rows(hidden: torch.Tensor, step: Step, before: torch.Tensor | None) -> torch.Tensor:
+def last_of_rows(hidden: torch.Tensor, step: Step, before: torch.Tensor | None) -> torch.Tensor:
     """`(B, D)`, the hidden state at each row's last real token so far."""
     if step.is_uniform and step.taken[0] > 0:
         return hidden[:, step.taken[0] - 1]

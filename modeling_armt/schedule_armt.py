@@ -1,0 +1,66 @@
+"""Which schedule reads a call: diagonal where it can and is faster, sequential otherwise."""
+
+from typing import TYPE_CHECKING
+
+from transformers.utils import logging
+
+from .diagonal_armt import Prepared, lanes_for, prepare
+from .segmentation_armt import Step, plan_pipeline, plan_steps
+from .stacking_armt import CannotStack
+
+
+if TYPE_CHECKING:
+    from .modeling_armt import ARMTPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+
+def choose_schedule(
+    model: "ARMTPreTrainedModel",
+    counts: list[int],
+    opened: list[int],
+    cached: bool,
+    schedule: str | None,
+    output_hidden_states: bool,
+) -> tuple[list[Step], Prepared | None]:
+    """
+    Cuts a call into the steps of a schedule.
+
+    Args:
+        counts, opened, cached: as for [`plan_steps`].
+        schedule: `sequential`, `diagonal` or None for what is faster.
+        output_hidden_states: whether the hidden states of all layers are asked for.
+
+    Returns:
+        The steps, and the diagonal schedule if some of them are for it.
+
+    Raises:
+        ValueError: for an unknown schedule, or if `diagonal` is not possible.
+    """
+    if schedule not in (None, "sequential", "diagonal"):
+        raise ValueError(f"schedule is {schedule!r}; it must be 'sequential', 'diagonal' or None.")
+    if schedule == "diagonal" and output_hidden_states:
+        raise ValueError("hidden states of all layers come from the sequential schedule; leave schedule out.")
+    sizes = (model.config.segment_size, model.config.num_mem_tokens)
+    if schedule != "sequential" and not output_hidden_states:
+        rows = sum(count > 0 for count in counts)
+        steps = plan_pipeline(counts, opened, *sizes, cached, lanes_for(model, rows))
+        first = next((step for step in steps if step.rows is not None), None)
+        depth = sum(step.rows is not None for step in steps)
+        if first is not None and (schedule == "diagonal" or _pays(model, depth)):
+            try:
+                return steps, prepare(model, len(first.rows))
+            except CannotStack as error:
+                reason = f"{model.config.text_config.model_type} cannot be read in the diagonal schedule: {error}."
+                if schedule == "diagonal":
+                    raise ValueError(f"{reason} Use schedule='sequential'.") from error
+                logger.warning_once(f"{reason} It is read segment by segment.")
+    return list(plan_steps(counts, opened, *sizes, cached, model.max_columns)), None
+
+
+def _pays(model: "ARMTPreTrainedModel", segments: int) -> bool:
+    """Whether the diagonal schedule is the faster one for so many segments in a row."""
+    if model.device.type != "cuda":
+        return False
+    layers = model.config.text_config.num_hidden_layers
+    return segments >= (2 if model.fast.enabled else 2 * layers)

@@ -1,0 +1,104 @@
+"""The associative memories of several layers as one: the same equations with one more dimension in front."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from .memory_armt import AssociativeMemory
+from .stacking_armt import CannotStack, trainable_stack
+
+
+class _SplitProduct(torch.autograd.Function):
+    """
+    x W^T in float32 for bfloat16 x and float32 W, at the speed of bfloat16: W = W_high + W_low, both bfloat16, leaves
+    out 2^-17 of W, and every product is summed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, halves)
+        product = torch.bmm(x, halves.mT, out_dtype=torch.float32)
+        return product[..., : weight.shape[1]] + product[..., weight.shape[1] :]
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        x, halves = ctx.saved_tensors
+        gradient = gradient.to(x.dtype)
+        to_weight = torch.bmm(gradient.mT, x, out_dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        return torch.bmm(gradient, halves[:, : gradient.shape[-1]]), to_weight, None
+
+
+def split(weight: torch.Tensor) -> torch.Tensor:
+    """`(G, out, in)` float32 as `(G, 2 out, in)` bfloat16: high parts, then low parts."""
+    high = weight.to(torch.bfloat16)
+    return torch.cat([high, (weight - high).to(torch.bfloat16)], dim=1)
+
+
+PROJECTIONS = ("memory_query", "memory_key", "memory_value", "memory_beta")
+
+
+def memory_weights(memories: Sequence[AssociativeMemory], halves: bool) -> dict[str, torch.Tensor]:
+    """
+    The weights of G memories, `(G, ...)` each.
+
+    Args:
+        memories: of equal shapes.
+        halves: whether to add what is needed to multiply bfloat16 inputs with float32 weights.
+
+    Raises:
+        CannotStack: if a projection is not a plain linear, nor one that PEFT trains a copy of.
+    """
+    weights = {}
+    for name in PROJECTIONS:
+        linears = [_plain_linear(getattr(memory, name), name) for memory in memories]
+        weight = weights[f"{name}.weight"] = trainable_stack([linear.weight for linear in linears])
+        if linears[0].bias is not None:
+            weights[f"{name}.bias"] = trainable_stack([linear.bias for linear in linears])
+        if halves and weight.dtype == torch.float32:
+            weights[f"{name}.halves"] = split(weight.detach())
+    return weights
+
+
+def _plain_linear(module: nn.Module, name: str) -> nn.Linear:
+    if hasattr(module, "modules_to_save"):  # PEFT's wrapper around a module that is trained in full
+        adapters = module.active_adapters
+        module = module.original_module if module.disable_adapters else module.modules_to_save[adapters[0]]
+    if type(module) is not nn.Linear or hasattr(module, "_hf_hook"):
+        raise CannotStack(f"{name} is a {type(module).__name__}, not a plain linear layer")
+    return module
+
+
+class StackedMemory:
+    """
+    The memories of G layers. Reads and writes as one memory does, but on `(G, B, P, D)` and states `(G, B, K, D)`.
+
+    Args:
+        like: one of the memories.
+        weights: what [`memory_weights`] returns.
+    """
+
+    memory_query, memory_key, memory_value, memory_beta = PROJECTIONS
+
+    read, write = AssociativeMemory.read, AssociativeMemory.write
+    _features, _denominator, _recall = (
+        AssociativeMemory._features,
+        AssociativeMemory._denominator,
+        AssociativeMemory._recall,
+    )
+
+    def __init__(self, like: AssociativeMemory, weights: dict[str, torch.Tensor]):
+        for name in ("nu", "normalize_features", "gamma_eps", "denom_eps", "correction", "use_denom"):
+            setattr(self, name, getattr(like, name))
+        self.weights = weights
+        self.state_dtype = torch.promote_types(weights["memory_query.weight"].dtype, torch.float32)
+
+    def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
+        rows = x.flatten(1, 2)
+        if x.dtype == torch.bfloat16 and f"{name}.halves" in self.weights:
+            y = _SplitProduct.apply(rows, weight, self.weights[f"{name}.halves"])
+        else:
+            y = rows.to(weight.dtype) @ weight.mT
+        y = y.unflatten(1, x.shape[1:3])
+        return (y if bias is None else y + bias[:, None, None]).to(self.state_dtype)

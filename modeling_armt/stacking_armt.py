@@ -1,0 +1,175 @@
+"""
+Equal layers as one: their weights in one tensor, and one call for all of them.
+
+The weights of a group of layers are laid out side by side once, and every layer's parameter becomes a view of that
+tensor: nothing is held twice, and whatever changes a parameter in place changes the stack. Whether parameters still
+lie side by side is seen from their addresses, so nobody has to remember the stack, and a model that was moved, copied
+or loaded anew is laid out again when it is next needed.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+
+
+class CannotStack(ValueError):
+    """Layers that cannot be run as one, with the reason."""
+
+
+def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """
+    Equal tensors as one `(G, ...)` tensor that shares their memory, without gradients.
+
+    Args:
+        tensors: G parameters or buffers of one shape and dtype. Unless they lie side by side already, they are moved:
+            their `data` becomes a view of the result.
+    """
+    first = tensors[0]
+    size = first.numel() * first.element_size()
+    storage = first.untyped_storage().data_ptr()
+    if len(tensors) > 1 and not all(
+        tensor.data_ptr() == first.data_ptr() + number * size
+        and tensor.untyped_storage().data_ptr() == storage
+        and tensor.is_contiguous()
+        for number, tensor in enumerate(tensors)
+    ):
+        stack = torch.stack([tensor.detach() for tensor in tensors])
+        for tensor, view in zip(tensors, stack, strict=True):
+            tensor.data = view
+    return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.contiguous().stride()))
+
+
+class _Stack(torch.autograd.Function):
+    """[`stacked`] parameters, which receive their gradients."""
+
+    @staticmethod
+    def forward(ctx, *parameters: torch.Tensor) -> torch.Tensor:
+        return stacked(parameters)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        return gradient.unbind(0)
+
+
+def trainable_stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[`stacked`], through which gradients flow if any of the tensors wants one."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        stacked(tensors)  # moved before autograd looks at them
+        return _Stack.apply(*tensors)
+    return stacked(tensors)
+
+
+# What tells a layer where it stands, which does not change what it computes; a probe makes sure.
+_POSITION = {"layer_idx", "layer_index", "layer_id", "layer_number", "block_idx"}
+_OF_EVERY_MODULE = set(vars(nn.Module()))
+
+
+def kind(layer: nn.Module) -> tuple:
+    """
+    All that a layer computes with besides the values of its tensors, as far as it can be compared. Layers of one kind
+    can be run as one.
+
+    Raises:
+        CannotStack: if a weight is not an ordinary tensor in one place (quantized, offloaded, sharded).
+    """
+    described = []
+    for name, module in layer.named_modules():
+        if hasattr(module, "_hf_hook"):
+            raise CannotStack("its layers are driven by the device hooks of accelerate")
+        for attribute, value in vars(module).items():
+            if attribute not in _OF_EVERY_MODULE and attribute not in _POSITION:
+                described.append((name, attribute, _describe(value)))
+        described.append((name, type(module)))
+    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        if type(tensor) not in (nn.Parameter, torch.Tensor) or type(tensor.data) is not torch.Tensor:
+            raise CannotStack(f"{name} is a {type(tensor).__name__}, not an ordinary tensor")
+        if tensor.device.type == "meta":
+            raise CannotStack(f"{name} is offloaded")
+        described.append((name, tuple(tensor.shape), tensor.dtype, tensor.device))
+    return tuple(described)
+
+
+def _describe(value):
+    if isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device)):
+        return value
+    if isinstance(value, dict):
+        return tuple((key, _describe(entry)) for key, entry in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return tuple(_describe(entry) for entry in value)
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
+        return value.__module__, value.__qualname__
+    return type(value)
+
+
+class LayerGroup:
+    """
+    Layers of one kind, run as one. It keeps the code of a layer, and none of its weights.
+
+    Args:
+        layers: the layers, of one [`kind`].
+
+    Attributes:
+        names: of a layer's parameters and buffers.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]):
+        # A copy of the first layer in which every weight is missing: calls bring the weights, and the model's own
+        # modules, which other threads may be using, are never touched.
+        tensors = [*layers[0].parameters(), *layers[0].buffers()]
+        memo = {}
+        for tensor in tensors:
+            empty = torch.empty_like(tensor, device="meta")
+            parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
+        self._layer = copy.deepcopy(layers[0], memo)
+        for module in self._layer.modules():  # the hooks that attach memories would find none
+            for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"):
+                setattr(module, hooks, OrderedDict())
+            module._forward_pre_hooks_with_kwargs = OrderedDict()
+        self.names = [name for name, _ in (*layers[0].named_parameters(), *layers[0].named_buffers())]
+
+    def weights(self, layers: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+        """The weights of layers of this kind, `(G, ...)` each."""
+        of_layers = [dict((*layer.named_parameters(), *layer.named_buffers())) for layer in layers]
+        return {name: trainable_stack([tensors[name] for tensors in of_layers]) for name in self.names}
+
+    def train_as(self, layer: nn.Module) -> None:
+        """Takes over what is in training mode in a layer of this kind."""
+        for own, other in zip(self._layer.modules(), layer.modules(), strict=True):
+            own.training = other.training
+
+    def __call__(
+        self,
+        weights: dict[str, torch.Tensor],
+        x: torch.Tensor,
+        own: dict[int, torch.Tensor],
+        call: Callable[[dict[int, torch.Tensor]], tuple[tuple, dict]],
+    ) -> torch.Tensor:
+        """
+        Runs all layers.
+
+        Args:
+            weights: `(G, ...)` each.
+            x: `(G, B, P, D)`, each layer's input.
+            own: tensors `(G, ...)` that the layers are called with.
+            call: takes one layer's share of `own`, returns the further arguments, `(args, kwargs)`, of its call.
+
+        Returns:
+            `(G, B, P, D)`.
+        """
+
+        def run(weights, x, own):
+            args, kwargs = call(own)
+            output = functional_call(self._layer, weights, (x, *args), kwargs)
+            return output[0] if isinstance(output, tuple) else output
+
+        if len(x) == 1:
+            first = {name: tensor[0] for name, tensor in weights.items()}
+            return run(first, x[0], {place: tensor[0] for place, tensor in own.items()})[None]
+        return vmap(run, randomness="different")(weights, x, own)
