@@ -3,11 +3,13 @@ What a text leaves behind: the associative state of every layer, and the keys an
 
 `generate` sees [`ARMTCache`], whose length is the number of columns read. Inside it the backbone sees [`SegmentKeys`],
 whose length is the number of positions in the open segment, at most `segment_size`: that is all that ever grows.
-No tensor is modified in place, so copies share them and cost nothing.
+No tensor is modified in place, so copies share them and cost nothing. (While a text is decoded by compiled code, its
+tensors are in that code's buffers: they come back, copied, as soon as anybody asks for them.)
 """
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -56,6 +58,9 @@ class SegmentKeys(DynamicCache):
         return self.map(align)
 
 
+_LENT = ("states", "statistics", "keys", "last_hidden")
+
+
 class ARMTCache(Cache):
     """
     The whole memory of a batch of texts. Made by a model's forward (`use_cache=True`) and passed back to it as
@@ -69,7 +74,10 @@ class ARMTCache(Cache):
         tokens: real tokens each row has read.
         last_hidden: `(B, D)`, the backbone's last hidden state at each row's last real token.
         columns: columns of input read in this conversation, padding included: what `generate` calls the length.
+        lent_to: who has the tensors in its buffers (`give_back(cache)` makes it return them), None if nobody has.
     """
+
+    lent_to: Any = None
 
     def __init__(self):
         super().__init__(layers=[])
@@ -77,6 +85,7 @@ class ARMTCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything."""
+        self.lent_to = None
         self.states: dict[int, MemoryState | None] = {}
         self.statistics = MemoryStatistics()
         self.keys: SegmentKeys | None = None
@@ -169,6 +178,39 @@ class ARMTCache(Cache):
             "an ARMTCache cannot be cropped: what is written to an associative memory cannot be taken back. Keep a "
             "cache.fork() from before the tokens you may want to undo."
         )
+
+    # Lending
+
+    def lend(self, borrower: Any) -> None:
+        """Leaves the tensors to `borrower`, which has copied them to where it works on them."""
+        for name in _LENT:
+            del self.__dict__[name]
+        self.lent_to = borrower
+
+    def receive(self, tensors: dict[str, Any]) -> None:
+        """The end of `lend`: what the tensors have become, by name."""
+        self.__dict__.update(tensors, lent_to=None)
+
+    def take_back(self) -> None:
+        """Ends lending, if there is any."""
+        borrower = self.lent_to
+        if borrower is not None:
+            borrower.give_back(self)
+
+    def __getattr__(self, name: str):  # asked for what is not there
+        if name in _LENT and self.lent_to is not None:
+            self.take_back()
+            return self.__dict__[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _LENT:
+            self.take_back()
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.take_back()
+        return self.__dict__.copy()
 
     # Copies
 

@@ -101,17 +101,27 @@ class ARMTGenerationMixin(GenerationMixin):
             _finished_rows.set(criteria)
         return criteria
 
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, inputs_embeds=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, **kwargs
-        )
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, inputs_embeds=None, attention_mask=None, **kwargs
+    ):
         finished = _finished_rows.get()
-        if past_key_values is not None and finished is not None and finished.started:
+        generated = past_key_values is not None and finished is not None and finished.started
+        if generated:
             # The mask of the prompt says nothing about the column that was generated.
             padded = finished.padded
             some = padded is not None and len(padded) > 1 and bool(padded.any())
-            inputs["attention_mask"] = ~padded[:, None] if some else None
-        return inputs
+            attention_mask = ~padded[:, None] if some else None
+            if self.fast.enabled and kwargs.get("next_sequence_length") == 1:
+                known = {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values}
+                rest = {n: v for n, v in kwargs.items() if n not in ("next_sequence_length", "is_first_iteration")}
+                return {**rest, **known, "attention_mask": attention_mask}
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
 
     def init_continuous_batching(self, *args, **kwargs):
         raise NotImplementedError(

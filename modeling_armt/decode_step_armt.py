@@ -1,0 +1,340 @@
+"""
+One decode step of a batch at fixed shapes: everything it reads and writes lies in buffers that stay where they are.
+
+`step` takes one token of every row through (read, layer) for every layer; `flush` takes the memory tokens of rows whose
+segment is full through (read, layer, write) and drops the segment. Both work in place on the buffers, so that they can
+be compiled, and captured as CUDA graphs. The layers are the backbone's own, run by its own forward.
+"""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .attachment_armt import MemoryStatistics, attach_memories, find_decoder_layers
+from .cache_armt import ARMTCache, SegmentKeys
+from .head_armt import run_head
+from .memory_armt import MemoryState
+from .native_armt import StandIn, with_layers
+from .static_keys_armt import StaticKeys, bare_layer, load_keys, slot_masks, unload_keys
+
+
+if TYPE_CHECKING:
+    from .modeling_armt import ARMTPreTrainedModel
+
+logger = logging.get_logger(__name__)
+
+# coordinate_descent_tuning also turns the products of a single row into sums, which run at the speed of the memory.
+INDUCTOR_OPTIONS = {"coordinate_descent_tuning": True}
+
+
+class _StaticLayer(StandIn):
+    """A decoder layer with the memory of a [`DecodeStep`] around it."""
+
+    def __init__(self, layer: nn.Module, before: Callable | None, after: Callable | None):
+        super().__init__(layer)
+        self.__dict__.update(before=before, after=after)
+
+    def forward(self, *args, **kwargs):
+        layer, before, after = self.__dict__["layer"], self.__dict__["before"], self.__dict__["after"]
+        if before is not None and args:
+            args = (before(args[0]), *args[1:])
+        elif before is not None:
+            kwargs["hidden_states"] = before(kwargs["hidden_states"])
+        output = layer(*args, **kwargs)
+        if after is not None:
+            after(output[0] if isinstance(output, tuple) else output)
+        return output
+
+
+class _Replay:
+    """A function of buffers: called the first time, on a GPU captured the second time, and replayed from then on."""
+
+    def __init__(self, step: "DecodeStep", function: Callable[[], None]):
+        self.step, self.function, self.calls, self.graph = step, function, 0, None
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.graph is not None:
+            return self.graph.replay()
+        start = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            if self.step.captures and self.calls == 2:
+                self._capture()
+            if self.graph is None:
+                self.function()
+            else:
+                self.graph.replay()
+        if self.step.captures or self.calls == 1:
+            self.step.prepare_seconds += time.perf_counter() - start
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # What other threads do on the device meanwhile does not matter.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.function()
+        except Exception as error:
+            self.step.captures = False
+            logger.warning(f"the decode step cannot be captured as a CUDA graph ({error}); it runs without.")
+        else:
+            self.graph = graph
+
+
+class DecodeStep:
+    """
+    Buffers and passes for batches of one model. Not thread-safe: the caller holds a lock.
+
+    Args:
+        model: the model, used as it is: parameters are neither copied nor changed.
+        like: keys of any open segment of this model, for their shapes.
+        masks: "by kind", "sliding" or "full": what the backbone takes as its 4D attention mask.
+        compiles, captures: whether to use torch.compile and CUDA graphs.
+
+    Attributes:
+        ids: `(B, 1)`, the tokens to read.
+        real: `(B,)` bool, False for rows whose token is padding.
+        logits: `(B, 1, vocabulary)`, of each row's last real token. Overwritten by the next step.
+        prepare_seconds: what first calls took so far, compilation and capture included.
+    """
+
+    def __init__(self, model: "ARMTPreTrainedModel", like: SegmentKeys, masks: str, compiles: bool, captures: bool):
+        config = model.config
+        # Not the model itself, which owns this step.
+        self.backbone, self.decoder_name, self.config = model.model, model.decoder_name, config
+        self.embedding, self.memory, self.memory_tokens = (
+            model.get_input_embeddings(),
+            model.memory,
+            model.memory_tokens,
+        )
+        self.like, self.masks, self.captures = like, masks, captures
+        self.segment_size, self.num_mem_tokens = config.segment_size, config.num_mem_tokens
+        needed = self.segment_size + self.num_mem_tokens + 1
+        self.num_slots = -(-needed // 16) * 16  # aligned rows: products of odd sizes are slow
+        self.spans = _spans(config.text_config, masks)
+        self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
+        self.prepare_seconds = 0.0
+        self.batch_size = 0
+        self._pass = torch.compile(self._read_token, dynamic=False, options=self._options()) if compiles else None
+        num_layers = config.text_config.num_hidden_layers
+        layers = [bare_layer(layer) for layer in find_decoder_layers(model.decoder, num_layers)]
+        attach_memories(with_layers(model.decoder, num_layers, layers), num_layers, ())
+        memory_layers = set(config.memory_layer_indices)
+
+        def decoder(read: Callable, write: Callable | None) -> nn.Module:
+            around = [
+                _StaticLayer(layer, _bind(read, index), _bind(write, index))
+                if index in memory_layers
+                else _StaticLayer(layer, None, None)
+                for index, layer in enumerate(layers)
+            ]
+            return with_layers(model.decoder, num_layers, around)
+
+        self.reader = decoder(self._read, None)
+        self.writer = decoder(self._read_rows, self._write_rows)
+
+    def _options(self) -> dict | None:
+        return None if self.device.type == "cpu" else INDUCTOR_OPTIONS
+
+    def resize(self, batch_size: int) -> None:
+        """Makes the buffers for `batch_size` rows. What they held is lost."""
+        size = batch_size
+        with torch.inference_mode(False), torch.no_grad():
+
+            def slots(states: torch.Tensor) -> torch.Tensor:
+                return states.new_zeros(size, states.shape[1], self.num_slots, states.shape[3])
+
+            self.keys = [slots(layer.keys) for layer in self.like.layers]
+            self.values = [slots(layer.values) for layer in self.like.layers]
+            self.states = {
+                index: self.memory[str(index)].zero_state(size, self.device)
+                for index in self.config.memory_layer_indices
+            }
+            # Reads are bound by the bytes of A, which is constant within a segment.
+            short = self.dtype == torch.bfloat16
+            self.read_A = {index: s.A.to(self.dtype) if short else s.A for index, s in self.states.items()}
+            self.statistics = MemoryStatistics()
+            for index, state in self.states.items():
+                for by_layer in vars(self.statistics).values():
+                    by_layer[index] = state.A.new_zeros(size)
+            self.ids = torch.zeros(size, 1, dtype=torch.long, device=self.device)
+            self.real = torch.ones(size, dtype=torch.bool, device=self.device)
+            self.position = torch.zeros(size, dtype=torch.long, device=self.device)
+            self.written = torch.zeros(size, dtype=torch.bool, device=self.device)
+            self.rows = torch.arange(size, device=self.device)
+            self.one_row = self.rows[:1].clone()
+        self.last_hidden = self.logits = self._flushed = None
+        self.batch_size = batch_size
+        self.recapture()
+
+    def recapture(self) -> None:
+        """Forgets the CUDA graphs, as when weights have moved."""
+        self._step = _Replay(self, self._run)
+        self._flush_one = _Replay(self, lambda: self._flush_rows(self.one_row))
+        self._flush_all = _Replay(self, lambda: self._flush_rows(self.rows))
+
+    # A conversation in the buffers
+
+    @property
+    def buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(self.keys, self.values, strict=True))
+
+    def load(self, cache: ARMTCache) -> None:
+        """Copies a conversation into the buffers."""
+        with torch.inference_mode(False), torch.no_grad():
+            load_keys(cache.keys, cache.opened, self.buffers)
+            for index, buffer in self.states.items():
+                state = cache.states.get(index)
+                for name, tensor in buffer._asdict().items():
+                    if tensor is not None:
+                        tensor.zero_() if state is None else tensor.copy_(getattr(state, name))
+                if self.read_A[index] is not buffer.A:
+                    self.read_A[index].copy_(buffer.A)
+            for name, by_layer in vars(self.statistics).items():
+                for index, tensor in by_layer.items():
+                    known = getattr(cache.statistics, name).get(index)
+                    empty = float("inf") if name == "min_denominator" else 0.0
+                    tensor.fill_(empty) if known is None else tensor.copy_(known)
+            if self.last_hidden is None:
+                self.last_hidden = cache.last_hidden.clone()
+            self.last_hidden.copy_(cache.last_hidden)
+            self.position.copy_(torch.tensor(cache.opened))
+            self.written.copy_(torch.tensor(cache.segments) > 0)
+
+    def unload(self, opened: list[int], segments: list[int]) -> dict:
+        """The tensors of an [`ARMTCache`] as they are now, in memory of their own."""
+        statistics, states = MemoryStatistics(), dict.fromkeys(self.states)
+        if any(segments):
+            states = {index: state.map(torch.Tensor.clone) for index, state in self.states.items()}
+            statistics = self.statistics.map(torch.Tensor.clone)
+            if not self.config.use_denom:
+                statistics.min_denominator = {}
+        keys = unload_keys(opened, self.buffers)
+        return {"keys": keys, "states": states, "statistics": statistics, "last_hidden": self.last_hidden.clone()}
+
+    # One token of every row
+
+    def step(self) -> None:
+        """Reads `ids`; leaves `logits`. Rows that are not `real` stay as they are."""
+        self._step()
+
+    def _run(self) -> None:
+        if self._pass is not None:
+            try:
+                # One entry for each batch size, and each time the weights changed shape or dtype.
+                with torch._dynamo.config.patch(recompile_limit=64):
+                    self._pass()
+            except Exception as error:
+                self._pass = None
+                logger.warning(f"the decode step cannot be compiled ({error}); it runs as it is.")
+        if self._pass is None:
+            self._read_token()
+        self.logits = run_head(self.backbone, self.decoder_name, self.last_hidden[:, None])
+
+    def _read_token(self) -> None:
+        place, real = self.position[:, None], self.real[:, None]
+        slots = torch.where(real, place, self.num_slots - 1)
+        keys = StaticKeys(self.keys, self.values, self.rows, slots, all_rows=True)
+        embeddings = self.embedding(self.ids)
+        hidden = self._decode(self.reader, embeddings, place, self.real, keys)[:, 0]
+        self.last_hidden.copy_(torch.where(real, hidden, self.last_hidden))
+        self.position.add_(self.real)
+
+    def _decode(
+        self,
+        decoder: nn.Module,
+        embeddings: torch.Tensor,
+        place: torch.Tensor,
+        real: torch.Tensor | None,
+        keys: StaticKeys,
+    ) -> torch.Tensor:
+        masks = slot_masks(place, real, self.num_slots, self.dtype, self.spans)
+        return (
+            type(decoder)
+            .forward(
+                decoder,
+                inputs_embeds=embeddings,
+                attention_mask=masks if self.masks == "by kind" else masks[self.masks],
+                position_ids=place,
+                past_key_values=keys,
+                use_cache=True,
+                return_dict=True,
+            )
+            .last_hidden_state
+        )
+
+    def _read(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        state = self.states[index]
+        if x.dtype == self.dtype:
+            state = MemoryState(self.read_A[index], state.z)
+        x, denominator = self.memory[str(index)].read(x, state)
+        if denominator is not None:
+            least = self.statistics.min_denominator[index]
+            counts = self.real & self.written
+            least.copy_(torch.where(counts, torch.minimum(least, denominator[:, 0]), least))
+        return x
+
+    # The end of a segment
+
+    def flush(self, rows: list[int]) -> None:
+        """Writes the segments of `rows`, which are full, to memory, and starts new ones."""
+        if len(rows) == self.batch_size:
+            return self._flush_all()
+        for row in rows:
+            self.one_row.fill_(row)
+            self._flush_one()
+
+    def _flush_rows(self, rows: torch.Tensor) -> None:
+        number = torch.arange(self.num_mem_tokens, device=self.device)
+        place = (self.segment_size + number).repeat(len(rows), 1)
+        keys = StaticKeys(self.keys, self.values, rows, place, all_rows=False)
+        embeddings = self.memory_tokens(number).to(self.dtype).repeat(len(rows), 1, 1)
+        self._flushed = rows
+        self._decode(self.writer, embeddings, place, None, keys)
+        self.written.index_fill_(0, rows, True)
+        self.position.index_fill_(0, rows, 0)
+
+    def _read_rows(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        rows = self._flushed
+        x, denominator = self.memory[str(index)].read(x, self.states[index].map(lambda t: t[rows]))
+        self._least(index, denominator)
+        return x
+
+    def _write_rows(self, index: int, y: torch.Tensor) -> None:
+        rows, buffer = self._flushed, self.states[index]
+        first = ~self.written[rows]
+        new, terms = self.memory[str(index)].write(y, buffer.map(lambda tensor: tensor[rows]), first)
+        buffer.A.index_copy_(0, rows, new.A)
+        if buffer.z is not None:
+            buffer.z.index_copy_(0, rows, new.z)
+        if self.read_A[index] is not buffer.A:
+            self.read_A[index].index_copy_(0, rows, new.A.to(self.dtype))
+        self._least(index, terms.denominator)
+        self.statistics.gamma_sum[index].index_add_(0, rows, terms.gamma.sum(1))
+        self.statistics.gamma_count[index].index_add_(0, rows, torch.full_like(terms.gamma[:, 0], y.shape[1]))
+
+    def _least(self, index: int, denominator: torch.Tensor | None) -> None:
+        if denominator is not None:
+            rows, least = self._flushed, self.statistics.min_denominator[index]
+            new = torch.where(self.written[rows], denominator.amin(1).minimum(least[rows]), least[rows])
+            least.index_copy_(0, rows, new)
+
+
+def _bind(function: Callable | None, index: int) -> Callable | None:
+    return None if function is None else lambda x: function(index, x)
+
+
+def _spans(backbone_config, masks: str) -> dict[str, tuple]:
+    """What the masks of each kind of layer let a position see: `(window, chunk)`."""
+    window = getattr(backbone_config, "sliding_window", None)
+    spans = {
+        "full_attention": (None, None),
+        "sliding_attention": (window, None),
+        "chunked_attention": (None, getattr(backbone_config, "attention_chunk_size", None)),
+    }
+    if masks == "by kind":
+        return {kind: spans.get(kind, (None, None)) for kind in set(backbone_config.layer_types)}
+    return {masks: spans[f"{masks}_attention"]}
