@@ -1,0 +1,558 @@
+"""
+The fast decode step is the ordinary forward, one token at a time: same logits, same memory, for every family, batch
+and kind of cache; and a conversation can be used for anything else at any time.
+"""
+
+import copy
+import functools
+import threading
+import weakref
+
+import pytest
+import torch
+from families import FAMILIES, PAD, SEGMENT_SIZE, VOCABULARY, add_memory, random_ids, tiny_backbone, tiny_model
+from helpers import cache_contents, difference, pad_left
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt
+
+
+STEPS = 3 * SEGMENT_SIZE + 3  # over three borders at least
+CORE = [
+    *("llama", "mistral", "ministral", "mixtral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3"),
+    *("gpt2", "gpt_neox", "gptj", "opt", "opt_projected", "falcon", "mpt", "olmo2", "olmo3", "granite", "cohere"),
+    *("cohere2", "smollm3", "stablelm", "starcoder2", "glm", "glm4", "gpt_oss", "exaone4", "nemotron", "seed_oss"),
+    *("llama4_text", "modernbert-decoder", "deepseek_v3"),
+]
+# float32 experts: rounding of a token changes what the next memory holds, and so on
+TOLERANCES = {name: 1e-9 if FAMILIES[name].tolerance == 1e-9 else 1e-4 for name in CORE}
+SLOW = {
+    "bloom": "4D masks do not fit its position bias",
+    "falcon_alibi": "nor this one's",
+    "gpt_neo": "its attention looks masks up by the number of keys",
+    "gpt_neo_short": "and has no more of them than a segment needs",
+}
+
+
+@pytest.fixture(autouse=True)
+def plain_steps_on_the_cpu(monkeypatch):
+    """Decode at fixed shapes on a CPU too, without waiting for a compiler."""
+    monkeypatch.setattr(decode_armt, "DEVICES", {"cpu"})
+    monkeypatch.setattr(decode_armt, "COMPILES", False)
+    with torch.no_grad():
+        yield
+
+
+@functools.cache
+def slow_model(name: str = "llama") -> ARMTForCausalLM:
+    return tiny_model(name)
+
+
+def fast_model(name: str = "llama") -> ARMTForCausalLM:
+    """The same model, prepared for nothing yet."""
+    return copy.deepcopy(slow_model(name)).compile_armt()
+
+
+@pytest.fixture
+def slow() -> ARMTForCausalLM:
+    return slow_model()
+
+
+@pytest.fixture
+def fast() -> ARMTForCausalLM:
+    return fast_model()
+
+
+def read(model: ARMTForCausalLM, *lengths: int) -> ARMTCache:
+    """A cache that has read random rows of these lengths, left-padded."""
+    ids, mask = pad_left([random_ids(length, seed=length) for length in lengths])
+    return model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+
+
+def decode(model: ARMTForCausalLM, cache: ARMTCache, columns: torch.Tensor, real: torch.Tensor | None = None):
+    """Logits of `(B, T)` ids, one column at a time; `real` `(B, T)` says which are not padding."""
+    logits = []
+    for n, tokens in enumerate(columns.split(1, dim=1)):
+        mask = None if real is None else real[:, n, None]
+        logits.append(model(tokens, attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(logits, dim=1)
+
+
+def is_fast(cache: ARMTCache, model: ARMTForCausalLM) -> bool:
+    """Whether the conversation is in the buffers of the model's decode step: it was decoded there, and last."""
+    return cache.lent_to is not None and cache.lent_to is model.fast.decode
+
+
+def check_same_memory(a: ARMTCache, b: ARMTCache, tolerance: float = 1e-9):
+    """All that two caches hold, up to rounding."""
+    a, b = cache_contents(a), cache_contents(b)
+    tensors, others = a.pop("tensors"), b.pop("tensors")
+    assert a == b
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        if name.startswith(("keys", "values")):  # what is left of an open segment is never looked at
+            length = tensor.shape[2]
+            used = torch.arange(length) >= length - torch.tensor(a["opened"])[:, None]
+            tensor, others[name] = (t * used[:, None, :, None] for t in (tensor, others[name]))
+        assert torch.allclose(tensor, others[name], rtol=tolerance, atol=tolerance), name
+
+
+# The same numbers
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_a_step_is_the_forward_of_a_token(name: str):
+    slow, fast = slow_model(name), fast_model(name)
+    cache = read(slow, 5, 5)
+    ids, other = random_ids(2, STEPS), copy.deepcopy(cache)
+    expected = decode(slow, cache, ids)
+    found = decode(fast, other, ids)
+    assert is_fast(other, fast), fast.fast.decode.reason
+    assert difference(found, expected) <= TOLERANCES[name]
+    check_same_memory(other, cache, TOLERANCES[name])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "mistral", "gpt2"])
+def test_rows_at_different_places_and_with_padding(name: str):
+    """Rows fill their segments at different steps, padding anywhere in between; some have never written."""
+    slow, fast = slow_model(name), fast_model(name)
+    cache = read(slow, 2 * SEGMENT_SIZE + 3, 1, SEGMENT_SIZE, SEGMENT_SIZE - 1)
+    ids, other = random_ids(4, STEPS), copy.deepcopy(cache)
+    real = torch.rand(4, STEPS, generator=torch.Generator().manual_seed(0)) > 0.2
+    found, expected = decode(fast, other, ids, real), decode(slow, cache, ids, real)
+    assert is_fast(other, fast)
+    assert difference(found, expected) <= 1e-9
+    check_same_memory(other, cache)
+
+
+@pytest.mark.parametrize("options", [{"use_denom": False}, {"correction": False}, {"memory_layers": [1]}], ids=str)
+def test_every_kind_of_memory(options: dict):
+    slow = tiny_model("llama", **options)
+    fast = copy.deepcopy(slow).compile_armt()
+    cache, ids = read(slow, 5, 11), random_ids(2, STEPS)
+    other = copy.deepcopy(cache)
+    expected = decode(slow, cache, ids)
+    assert difference(decode(fast, other, ids), expected) <= 1e-9
+    assert is_fast(other, fast)
+    check_same_memory(other, cache)
+
+
+@pytest.mark.parametrize("segment_size", [1, 2, 3])
+def test_short_segments(segment_size: int):
+    slow = tiny_model("llama", segment_size=segment_size)
+    fast = copy.deepcopy(slow).compile_armt()
+    cache, ids = read(slow, 1, 4), random_ids(2, 9)
+    other = copy.deepcopy(cache)
+    expected = decode(slow, cache, ids)
+    assert difference(decode(fast, other, ids), expected) <= 1e-9
+    assert is_fast(other, fast)
+    check_same_memory(other, cache)
+
+
+def test_statistics_are_those_of_the_forward(slow, fast):
+    cache, ids = read(slow, 5, 11), random_ids(2, STEPS)
+    other = copy.deepcopy(cache)
+    decode(slow, cache, ids), decode(fast, other, ids)
+    for layer, expected in cache.stats().items():
+        for name, values in other.stats()[layer].items():
+            assert values == pytest.approx(expected[name], rel=1e-9), name
+
+
+def test_bfloat16_is_as_close_as_bfloat16_is():
+    slow = add_memory(tiny_backbone(FAMILIES["llama"]).bfloat16())
+    slow.memory.float()
+    fast = copy.deepcopy(slow).compile_armt()
+    cache, ids = read(slow, 5, 11), random_ids(2, SEGMENT_SIZE)
+    other = copy.deepcopy(cache)
+    expected, found = decode(slow, cache, ids), decode(fast, other, ids)
+    assert is_fast(other, fast)
+    assert found.dtype == torch.bfloat16
+    assert difference(found, expected) <= 0.05 * expected.abs().max()
+    assert {state.A.dtype for state in other.states.values()} == {torch.float32}
+
+
+# generate
+
+
+def generate(model: ARMTForCausalLM, ids: torch.Tensor, **options) -> torch.Tensor:
+    defaults = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    return model.generate(ids, **{**defaults, **options})
+
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "beams": {"num_beams": 3},
+    "ends": {"eos_token_id": list(range(10, 16))},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_generate_gives_the_same_tokens(name: str, mode: str):
+    slow, fast = slow_model(name), fast_model(name)
+    ids, mask = pad_left([random_ids(length, seed=length) for length in (1, 5, SEGMENT_SIZE, 2 * SEGMENT_SIZE + 3)])
+    results = []
+    for model in (slow, fast):
+        torch.manual_seed(0)
+        options = {"attention_mask": mask, "return_dict_in_generate": True, **MODES[mode]}
+        results.append(generate(model, ids, **options))
+    assert results[0].sequences.tolist() == results[1].sequences.tolist()
+    assert fast.fast.decode.step.batch_size == len(ids) * MODES[mode].get("num_beams", 1)
+    if mode != "beams":
+        assert is_fast(results[1].past_key_values, fast)
+    check_same_memory(results[1].past_key_values, results[0].past_key_values)
+
+
+def test_every_new_token_but_the_first_is_a_step(fast, monkeypatch):
+    steps = []
+    run = decode_armt.DecodeStep.step
+    monkeypatch.setattr(decode_armt.DecodeStep, "step", lambda step: (steps.append(step.batch_size), run(step)))
+    generate(fast, random_ids(3, 5))
+    assert steps.count(3) == STEPS - 1
+
+
+def test_logits_of_earlier_steps_stay_what_they_were(slow, fast):
+    cache, ids = read(slow, 5), random_ids(1, 4)
+    logits = [fast(tokens, past_key_values=cache).logits for tokens in ids.split(1, dim=1)]
+    assert len({row.sum().item() for row in logits}) == 4
+
+
+# A conversation in the buffers
+
+
+def use_stats(model, cache):
+    return cache.stats()
+
+
+def use_keys(model, cache):
+    return cache.keys.layers[0].keys
+
+
+def use_fork(model, cache):
+    return cache.fork()
+
+
+def use_deepcopy(model, cache):
+    return copy.deepcopy(cache)
+
+
+def use_chunk(model, cache):
+    return model(random_ids(2, 3, seed=5), past_key_values=cache)
+
+
+def use_close(model, cache):
+    return model.close_segment(cache)
+
+
+def use_select(model, cache):
+    return cache.batch_select_indices(torch.tensor([1, 0]))
+
+
+def use_reorder(model, cache):
+    return cache.reorder_cache(torch.tensor([1, 1]))
+
+
+def use_repeat(model, cache):
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 2]))
+
+
+def use_hidden_states(model, cache):
+    return model(random_ids(2, 1, seed=5), past_key_values=cache, output_hidden_states=True)
+
+
+USES = (
+    *(use_stats, use_keys, use_fork, use_deepcopy, use_chunk, use_close, use_select, use_reorder, use_repeat),
+    use_hidden_states,
+)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_conversation_may_be_used_in_any_other_way_in_between(use, slow, fast):
+    cache, ids = read(slow, 5, 11), random_ids(2, STEPS)
+    other = copy.deepcopy(cache)
+    for start in range(0, STEPS, 6):
+        expected, found = (decode(m, c, ids[:, start : start + 6]) for m, c in ((slow, cache), (fast, other)))
+        assert is_fast(other, fast)
+        assert difference(found, expected) <= 1e-9
+        use(slow, cache), use(fast, other)
+        assert not is_fast(other, fast)
+    check_same_memory(other, cache)
+
+
+def test_counts_can_be_read_without_moving_the_conversation(fast):
+    cache = read(fast, 5)
+    decode(fast, cache, random_ids(1, 4))
+    assert (cache.tokens, cache.opened, cache.segments, cache.batch_size, cache.columns) == ([9], [1], [1], 1, 9)
+    assert "tokens=[9]" in repr(cache)
+    assert cache.get_seq_length() == 9
+    assert is_fast(cache, fast)
+
+
+def test_forks_go_their_own_ways(slow, fast):
+    cache = read(slow, 5)
+    decode(fast, cache, random_ids(1, 4))
+    forks = [cache.fork() for _ in range(2)]
+    before = cache_contents(cache)
+    for number, fork in enumerate(forks):
+        ids = random_ids(1, STEPS, seed=number)
+        expected = decode(slow, cache.fork(), ids)
+        assert difference(decode(fast, fork, ids), expected) <= 1e-9
+    for name, tensor in cache_contents(cache)["tensors"].items():
+        assert torch.equal(tensor, before["tensors"][name]), name
+
+
+def test_conversations_may_take_turns(slow, fast):
+    caches = [read(slow, 5), read(slow, 7), read(slow, 3, 4)]
+    others = copy.deepcopy(caches)
+    for turn in range(STEPS):
+        for cache, other in zip(caches, others, strict=True):
+            ids = random_ids(cache.batch_size, 1, seed=turn)
+            assert difference(decode(fast, other, ids), decode(slow, cache, ids)) <= 1e-9
+    for cache, other in zip(caches, others, strict=True):
+        check_same_memory(other, cache)
+
+
+def test_threads_share_a_model(slow, fast):
+    ids = [random_ids(1, STEPS, seed=seed) for seed in range(2)]
+    caches = [read(slow, 5 + seed) for seed in range(2)]
+    expected = [decode(slow, cache.fork(), row) for cache, row in zip(caches, ids, strict=True)]
+    found = [None, None]
+
+    def work(number: int):
+        with torch.no_grad():
+            found[number] = decode(fast, caches[number], ids[number])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert all(difference(a, b) <= 1e-9 for a, b in zip(found, expected, strict=True))
+
+
+def test_a_memory_is_saved_in_the_middle_and_goes_on(slow, fast, tmp_path):
+    cache, ids = read(slow, 5, 11), random_ids(2, STEPS)
+    expected = decode(slow, cache.fork(), ids)
+    found = decode(fast, cache, ids[:, :10])
+    fast.save_memory(cache, tmp_path / "memory.safetensors")
+    loaded = fast.load_memory(tmp_path / "memory.safetensors")
+    found = torch.cat([found, decode(fast, loaded, ids[:, 10:])], dim=1)
+    assert difference(found, expected) <= 1e-9
+
+
+def test_a_forgotten_conversation_leaves_the_buffers(fast):
+    cache = read(fast, 5)
+    decode(fast, cache, random_ids(1, 4))
+    cache.reset()
+    assert (cache.states, cache.keys, cache.tokens) == ({}, None, [])
+    again = fast(random_ids(1, 5), past_key_values=cache).past_key_values
+    assert again.tokens == [5]
+
+
+def test_a_conversation_outlives_its_model(slow, fast):
+    cache, ids = read(slow, 5), random_ids(1, 10)
+    other = copy.deepcopy(cache)
+    decode(slow, cache, ids), decode(fast, other, ids)
+    del fast
+    check_same_memory(other, cache)
+
+
+def test_nothing_keeps_the_weights_of_a_forgotten_model(slow):
+    model = fast_model()
+    decode(model, read(model, 5), random_ids(1, 10))
+    weight, freed = model.get_input_embeddings().weight, []
+    weakref.finalize(weight, freed.append, True)
+    del weight, model
+    assert freed
+
+
+# Models that change
+
+
+def double(model):
+    model.model.model.layers[0].self_attn.v_proj.weight.mul_(2)
+
+
+def move(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    double(model)
+
+
+def assign(model):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    double(model)
+
+
+def replace(model):
+    layer = model.model.model.layers[0].mlp
+    layer.up_proj, old = torch.nn.Linear(32, 64, bias=False).to(torch.float64), layer.up_proj
+    layer.up_proj.weight.copy_(2 * old.weight)
+
+
+def inject(model):
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    inject_adapter_in_model(config, model.model)
+    model.to(torch.float64)
+
+
+@pytest.mark.parametrize("change", [double, move, assign, replace, inject])
+def test_a_model_may_change_in_the_middle(change, fast):
+    slow = copy.deepcopy(fast).compile_armt(False)
+    cache, ids = read(slow, 5), random_ids(1, 2 * SEGMENT_SIZE)
+    other = copy.deepcopy(cache)
+    before = decode(slow, cache.fork(), ids)
+    for part in ids.split(SEGMENT_SIZE, dim=1):
+        expected, found = decode(slow, cache, part), decode(fast, other, part)
+        assert is_fast(other, fast)
+        assert difference(found, expected) <= 1e-9
+        change(slow), change(fast)
+    assert difference(expected, before[:, SEGMENT_SIZE:]) > 1e-3
+
+
+def test_adapters_may_be_switched_off_and_on(fast):
+    inject(fast)
+    slow = copy.deepcopy(fast).compile_armt(False)
+    cache, ids = read(slow, 5), random_ids(1, 4)
+    other = copy.deepcopy(cache)
+    results = []
+    for enabled in (True, False, True):
+        for model in (slow, fast):
+            for module in model.modules():
+                if isinstance(module, BaseTunerLayer):
+                    module.enable_adapters(enabled)
+        start = cache.fork(), other.fork()
+        results.append(decode(slow, start[0], ids))
+        assert difference(decode(fast, start[1], ids), results[-1]) <= 1e-9
+        assert is_fast(start[1], fast)
+    assert difference(results[0], results[1]) > 1e-3
+
+
+def test_weights_that_moved_are_noticed_once(fast):
+    cache = read(fast, 5)
+    decode(fast, cache, random_ids(1, 2))
+    prepared = fast.fast.decode
+    assert prepared.seen.change() is None
+    move(fast)
+    assert prepared.seen.change() == "moved"
+    assert prepared.seen.change() is None
+    decode(fast, cache, random_ids(1, 2))
+    assert fast.fast.decode is prepared
+    fast.float()
+    assert prepared.seen.change() == "changed"
+
+
+def test_a_copy_of_a_model_decodes_by_itself(slow, fast):
+    cache, ids = read(slow, 5), random_ids(1, 10)
+    decode(fast, cache, ids)
+    twin = copy.deepcopy(fast)
+    assert twin.fast.enabled and twin.fast.decode is None
+    expected = decode(slow, cache.fork(), ids)
+    assert difference(decode(twin, cache, ids), expected) <= 1e-9  # out of one model's buffers into the other's
+    assert is_fast(cache, twin)
+
+
+# What goes the usual way
+
+
+def test_nothing_is_prepared_without_the_switch(slow):
+    model = copy.deepcopy(slow)
+    cache = read(model, 5)
+    decode(model, cache, random_ids(1, 4))
+    assert model.fast.decode is None and cache.lent_to is None
+
+
+def test_a_cpu_decodes_the_usual_way(fast, monkeypatch):
+    monkeypatch.undo()
+    messages = []
+    monkeypatch.setattr(decode_armt.logger, "warning", messages.append)
+    cache = read(fast, 5)
+    decode(fast, cache, random_ids(1, 4))
+    assert cache.lent_to is None and cache.tokens == [9]
+    assert not messages
+
+
+def test_switching_off_in_the_middle_goes_on(slow, fast):
+    cache, ids = read(slow, 5), random_ids(1, 10)
+    expected = decode(slow, cache.fork(), ids)
+    found = [decode(fast, cache, ids[:, :4]), decode(fast.compile_armt(False), cache, ids[:, 4:])]
+    assert difference(torch.cat(found, dim=1), expected) <= 1e-9
+    assert cache.lent_to is None
+
+
+@pytest.mark.parametrize("call", ["gradients", "training", "labels", "embeddings", "hidden states", "two columns"])
+def test_other_calls_go_the_usual_way(call: str, fast):
+    cache, ids, options = read(fast, 5), random_ids(1, 1), {}
+    if call == "training":
+        fast.train()
+    if call == "labels":
+        options["labels"] = ids
+    if call == "embeddings":
+        ids, options["inputs_embeds"] = None, fast.get_input_embeddings()(ids)
+    if call == "hidden states":
+        options["output_hidden_states"] = True
+    if call == "two columns":
+        ids = random_ids(1, 2)
+    with torch.set_grad_enabled(call == "gradients"):
+        fast(ids, past_key_values=cache, **options)
+    assert cache.lent_to is None
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_ids_outside_the_vocabulary_are_named(token: int, fast):
+    cache = read(fast, 5)
+    decode(fast, cache, random_ids(1, 1))
+    with pytest.raises(ValueError, match=f"token id {token}"):
+        fast(torch.tensor([[token]]), past_key_values=cache)
+
+
+def test_wrong_shapes_are_named(fast):
+    cache = read(fast, 5)
+    decode(fast, cache, random_ids(1, 1))
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        fast(random_ids(1, 1), attention_mask=torch.ones(1, 3), past_key_values=cache)
+    with pytest.raises(ValueError, match="unexpected|takes|not take|cannot"):
+        fast(random_ids(1, 1), position_ids=torch.zeros(1, 1), past_key_values=cache)
+
+
+def test_tuples_if_asked_for(slow, fast):
+    cache, ids = read(slow, 5), random_ids(1, 1)
+    expected = slow(ids, past_key_values=cache.fork(), return_dict=False)
+    logits, returned = fast(ids, past_key_values=cache, return_dict=False)
+    assert difference(logits, expected[0]) <= 1e-9
+    assert returned is cache and is_fast(cache, fast)
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_families_that_do_not_fit_are_named_and_go_the_usual_way(name: str, caplog, monkeypatch):
+    slow, fast = slow_model(name), fast_model(name)
+    messages = []
+    monkeypatch.setattr(decode_armt.logger, "warning", messages.append)
+    cache, ids = read(slow, 5), random_ids(1, 10)
+    other = copy.deepcopy(cache)
+    assert torch.equal(decode(fast, other, ids), decode(slow, cache, ids))
+    assert fast.fast.decode.step is None and other.lent_to is None
+    assert len(messages) == 1
+    assert FAMILIES[name].model_type in messages[0] and fast.fast.decode.reason in messages[0]
+
+
+# Compiled
+
+
+# llama's norms are float32, whatever the model is; compiled they round differently
+@pytest.mark.parametrize(("name", "tolerance"), [("gpt2", 1e-9), ("llama", 1e-5)])
+def test_the_compiled_step_is_the_forward_of_a_token(name: str, tolerance: float, monkeypatch):
+    monkeypatch.setattr(decode_armt, "COMPILES", True)
+    slow, fast = slow_model(name), fast_model(name)
+    cache = read(slow, 2 * SEGMENT_SIZE + 3, 1)
+    ids, other = random_ids(2, STEPS), copy.deepcopy(cache)
+    real = torch.rand(2, STEPS, generator=torch.Generator().manual_seed(0)) > 0.2
+    found, expected = decode(fast, other, ids, real), decode(slow, cache, ids, real)
+    assert is_fast(other, fast)
+    assert fast.fast.decode.step._pass is not None  # compilation did not fail
+    assert fast.fast.decode.prepare_seconds > 0
+    assert difference(found, expected) <= tolerance
+    check_same_memory(other, cache, tolerance)
