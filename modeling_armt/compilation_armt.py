@@ -10,14 +10,16 @@ class FastPaths:
     Attributes:
         enabled: whether `compile_armt` was called.
         lock: held by whoever uses what follows.
-        diagonal: the prepared diagonal schedule, None before its first use.
+        diagonal: groups of layers for the diagonal schedule, as far as they were needed.
+        refused: why some layers cannot be grouped.
         decode: the prepared decode step, None before its first use.
     """
 
     def __init__(self, enabled: bool = False):
         self.enabled = enabled
         self.lock = threading.RLock()
-        self.diagonal = None
+        self.diagonal: list = []
+        self.refused: dict[tuple, str] = {}
         self.decode = None
 
     def __deepcopy__(self, memo) -> "FastPaths":

@@ -168,7 +168,7 @@ class AssociativeMemory(nn.Module):
             beta = self._project(self.memory_beta, y).sigmoid()  # (B, m, 1)
 
             known, denominator = self._recall(k, state)  # an empty memory knows 0
-            A = state.A + (beta * k).mT @ (v - known)
+            A = state.A + self._update(beta * k, v - known)
 
             gamma = k.new_ones(k.shape[:-1])
             if self.use_denom and self.correction:
@@ -177,6 +177,10 @@ class AssociativeMemory(nn.Module):
                     gamma = gamma.masked_fill(first[..., None], 1.0)
             z = state.z + (gamma[..., None] * k).sum(-2) if self.use_denom else None
             return MemoryState(A, z), WriteTerms(gamma, denominator)
+
+    def _update(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """sum_m k v^T `(B, K, D)` of `(B, m, K)` keys and `(B, m, D)` values."""
+        return k.mT @ v
 
     def _denominator(self, query: torch.Tensor, state: MemoryState) -> torch.Tensor | None:
         """query . z + eps `(B, P)` for `(B, P, K)` queries."""

@@ -1,11 +1,18 @@
 """A decoder's own forward around other layers: what it does before, between and after them, without running them."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from .attachment_armt import find_decoder_layers
+
+
+if TYPE_CHECKING:
+    from .modeling_armt import ARMTPreTrainedModel
 
 
 class StandIn(nn.Module):
@@ -44,3 +51,56 @@ def _shallow(module: nn.Module) -> nn.Module:
     new = copy.copy(module)
     new._modules = dict(module._modules)
     return new
+
+
+class NativeCall(NamedTuple):
+    """How a decoder called one of its layers."""
+
+    x: torch.Tensor
+    leaves: list[Any]  # its other arguments, flattened
+    structure: Any
+    output: Any
+
+
+class _Recorder(StandIn):
+    """Records how its layer is called, and answers in the layer's place unless it is to run it."""
+
+    def __init__(self, layer: nn.Module, calls: list[NativeCall], run: bool, answer: Callable):
+        super().__init__(layer)
+        self.__dict__.update(calls=calls, run=run, answer=answer)
+
+    def forward(self, *args, **kwargs):
+        x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
+        output = self.layer(x, *args, **kwargs) if self.run else self.answer(x)
+        leaves, structure = tree_flatten((args, kwargs))
+        self.calls.append(NativeCall(x, leaves, structure, output))
+        return output
+
+
+def native_pass(
+    model: "ARMTPreTrainedModel", embeds: torch.Tensor, answers: Sequence[Callable] | None = None
+) -> tuple[list[NativeCall], torch.Tensor]:
+    """
+    Runs the decoder's own forward on `(B, P, D)` embeddings, without memories.
+
+    Args:
+        answers: what each layer is replaced by; None runs the layers.
+
+    Returns:
+        The calls of all layers, and the last hidden state.
+
+    Raises:
+        RuntimeError: if the decoder does not run every layer exactly once.
+    """
+    num_layers = model.config.text_config.num_hidden_layers
+    calls: list[NativeCall] = []
+    layers = find_decoder_layers(model.decoder, num_layers)
+    recorders = [
+        _Recorder(layer, calls, answers is None, None if answers is None else answers[number])
+        for number, layer in enumerate(layers)
+    ]
+    decoder = with_layers(model.decoder, num_layers, recorders)
+    output = type(decoder).forward(decoder, inputs_embeds=embeds, use_cache=False, return_dict=True)
+    if len(calls) != num_layers:
+        raise RuntimeError("its decoder does not run every layer exactly once")
+    return calls, output.last_hidden_state

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache_armt import ARMTCache
-from .diagonal_armt import Pipeline, Prepared
+from .diagonal_armt import Pipeline
+from .groups_armt import Prepared
 from .memory_armt import MemoryState
 from .segmentation_armt import RealTokens, Step
 from .sequential_armt import embed_step, last_of_rows, run_segment

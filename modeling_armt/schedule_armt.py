@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
-from .diagonal_armt import Prepared, lanes_for, prepare
+from .groups_armt import Prepared, lanes_for, prepare
 from .segmentation_armt import Step, plan_pipeline, plan_steps
 from .stacking_armt import CannotStack
 

@@ -31,8 +31,12 @@ class _SplitProduct(torch.autograd.Function):
 
 def split(weight: torch.Tensor) -> torch.Tensor:
     """`(G, out, in)` float32 as `(G, 2 out, in)` bfloat16: high parts, then low parts."""
-    high = weight.to(torch.bfloat16)
-    return torch.cat([high, (weight - high).to(torch.bfloat16)], dim=1)
+    return torch.cat(_two_halves(weight), dim=1)
+
+
+def _two_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    high = x.to(torch.bfloat16)
+    return high, (x - high).to(torch.bfloat16)
 
 
 PROJECTIONS = ("memory_query", "memory_key", "memory_value", "memory_beta")
@@ -93,11 +97,21 @@ class StackedMemory:
         self.weights = weights
         self.state_dtype = torch.promote_types(weights["memory_query.weight"].dtype, torch.float32)
 
+    def _update(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if "memory_value.halves" not in self.weights or torch.is_grad_enabled():
+            return k.mT @ v
+        # As in the projections, but both factors have two halves; the product of the low ones is left out.
+        (k_high, k_low), (v_high, v_low) = (_two_halves(tensor.flatten(0, 1)) for tensor in (k, v))
+        left, right = torch.cat([k_high, k_low, k_high], dim=1), torch.cat([v_high, v_high, v_low], dim=1)
+        return torch.bmm(left.mT, right, out_dtype=torch.float32).unflatten(0, k.shape[:2])
+
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")
         rows = x.flatten(1, 2)
-        if x.dtype == torch.bfloat16 and f"{name}.halves" in self.weights:
+        if x.dtype == torch.bfloat16 and f"{name}.halves" in self.weights and weight.shape[1] > 1:
             y = _SplitProduct.apply(rows, weight, self.weights[f"{name}.halves"])
+        elif weight.shape[1] == 1:
+            y = (rows.to(weight.dtype) * weight).sum(-1, keepdim=True)
         else:
             y = rows.to(weight.dtype) @ weight.mT
         y = y.unflatten(1, x.shape[1:3])

@@ -1,0 +1,197 @@
+"""The cells (segment, layer) of equal layers: read, layer, write, for all of them in one call."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_unflatten
+
+from .memory_armt import MemoryState
+from .native_armt import NativeCall
+from .stacked_memory_armt import StackedMemory, memory_weights
+from .stacking_armt import LayerGroup
+
+
+Tensors = dict[int, torch.Tensor]
+
+
+class LayerState(NamedTuple):
+    """What the layers of a call remember, `(G, W, ...)` each for W lanes; the last three only outside of training."""
+
+    A: torch.Tensor | None
+    z: torch.Tensor | None
+    gamma_sum: torch.Tensor | None = None
+    gamma_count: torch.Tensor | None = None
+    min_denominator: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
+        return LayerState(*(None if tensor is None else function(tensor) for tensor in self))
+
+
+class GroupInputs(NamedTuple):
+    """What the calls of a group have in common; all but `shared` are `(G, ...)`."""
+
+    weights: dict[str, torch.Tensor]
+    memory: dict[str, torch.Tensor] | None
+    shared: Tensors  # further arguments of the layers, by place: the same for all
+    own: Tensors  # those that differ
+
+    def part(self, first: int, last: int) -> "GroupInputs":
+        """The inputs of some of the layers."""
+        if first == 0 and last == len(next(iter(self.weights.values()))):
+            return self
+        pick = slice(first, last)
+        weights, memory, own = (
+            None if tensors is None else {key: tensor[pick] for key, tensor in tensors.items()}
+            for tensors in (self.weights, self.memory, self.own)
+        )
+        return GroupInputs(weights, memory, self.shared, own)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensors in self if tensors for tensor in tensors.values()]
+
+
+class CellGroup:
+    """
+    The cells of equal layers.
+
+    Args:
+        indices: of the layers in the decoder.
+        layers: the layers.
+        memories: theirs, None for layers without.
+        call: how the decoder calls the first of them.
+        compiled: whether to compile what is run.
+    """
+
+    def __init__(
+        self, indices: list[int], layers: list[nn.Module], memories: list | None, call: NativeCall, compiled: bool
+    ):
+        self.indices = indices
+        self.layers = LayerGroup(layers)
+        self.like = None if memories is None else memories[0]
+        self.structure = call.structure
+        self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in call.leaves]
+        self.tensor_places = [n for n, leaf in enumerate(call.leaves) if isinstance(leaf, torch.Tensor)]
+        self.run, self.run_in_place = self._run, self._run_in_place
+        if compiled:
+            self.run = torch.compile(self._run, dynamic=False)
+            self.run_in_place = torch.compile(self._run_in_place, dynamic=False)
+        # Every size is compiled apart; small ones are as fast per cell, so a few serve all.
+        size, self.sizes = len(indices), []
+        while compiled and size > 1:
+            self.sizes.append(size)
+            size //= 4
+        self.sizes.append(1)
+        self.compiled = compiled
+
+    def parts(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Cuts a range of the group's layers into calls."""
+        while first < last:
+            size = last - first
+            if self.compiled:
+                size = next(n for n in self.sizes if first % n == 0 and first + n <= last)
+            yield first, first + size
+            first += size
+
+    def inputs(self, model, layers, calls: list[NativeCall]) -> "GroupInputs":
+        """
+        What the group needs of a model.
+
+        Args:
+            model: an ARMT model.
+            layers: all layers of its decoder.
+            calls: how the decoder calls all of them.
+        """
+        layers = [layers[i] for i in self.indices]
+        self.layers.train_as(layers[0])
+        memory = None
+        if self.like is not None:
+            halves = model.dtype == torch.bfloat16 and model.device.type == "cuda"
+            memory = memory_weights([model.memory[str(i)] for i in self.indices], halves)
+        return GroupInputs(self.layers.weights(layers), memory, *self.arguments([calls[i] for i in self.indices]))
+
+    def arguments(self, calls: list[NativeCall]) -> tuple[Tensors, Tensors]:
+        """By place in a call: tensors that all layers are called with, and those that differ, `(G, ...)`."""
+        shared, own = {}, {}
+        for place in self.tensor_places:
+            leaves = [call.leaves[place] for call in calls]
+            if all(leaf is leaves[0] or torch.equal(leaf, leaves[0]) for leaf in leaves):
+                shared[place] = leaves[0]
+            else:
+                own[place] = torch.stack(leaves)
+        return shared, own
+
+    def run_layers(self, weights: dict, x: torch.Tensor, shared: Tensors, own: Tensors) -> torch.Tensor:
+        """The layers alone: `(G, W, P, D)` to `(G, W, P, D)`."""
+
+        def call(own: Tensors):
+            leaves = list(self.constants)
+            for place, tensor in (*shared.items(), *own.items()):
+                leaves[place] = tensor
+            return tree_unflatten(leaves, self.structure)
+
+        # cuDNN's attention is the fastest where it runs, but fails in the backward pass under vmap (torch 2.11).
+        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        if x.device.type == "cpu":
+            backends = [SDPBackend.MATH]
+        elif not torch.is_grad_enabled():
+            backends = [SDPBackend.CUDNN_ATTENTION, *backends]
+        with sdpa_kernel(backends, set_priority=True):
+            return self.layers(weights, x, own, call)
+
+    def _run(
+        self,
+        weights: dict[str, torch.Tensor],
+        memory_weights: dict[str, torch.Tensor] | None,
+        state: LayerState | None,
+        x: torch.Tensor,
+        shared: Tensors,
+        own: Tensors,
+        num_mem_tokens: int,
+        first: torch.Tensor | None,
+        writes: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, LayerState | None]:
+        """
+        Reads, runs and writes the cells of G layers and W lanes.
+
+        Args:
+            weights, memory_weights: `(G, ...)` each.
+            state: before the segments.
+            x: `(G, W, P, D)`.
+            shared, own: further arguments of the layers.
+            num_mem_tokens: m; the last m positions are the memory tokens.
+            first: `(G, W)` bool, the cells whose row has never written; None if all have.
+            writes: `(G, W)` bool, the cells that write; None if all do.
+
+        Returns:
+            `(G, W, P, D)` and the state after the segments.
+        """
+        if memory_weights is None:
+            return self.run_layers(weights, x, shared, own), state
+        memory, old = StackedMemory(self.like, memory_weights), MemoryState(state.A, state.z)
+        x, read_denominator = memory.read(x, old)
+        y = self.run_layers(weights, x, shared, own)
+        new, terms = memory.write(y[:, :, -num_mem_tokens:], old, first)
+        if writes is not None:
+            new = new.where(writes, old)
+        if state.gamma_sum is None:
+            return y, LayerState(*new)
+        wrote = torch.ones_like(state.gamma_sum) if writes is None else writes.to(state.gamma_sum)
+        least = state.min_denominator
+        if read_denominator is not None:
+            met = read_denominator.amin(-1).minimum(terms.denominator.amin(-1))
+            for rows in (first, None if writes is None else ~writes):
+                met = met if rows is None else met.masked_fill(rows, float("inf"))
+            least = least.minimum(met)
+        gamma_sum = state.gamma_sum + terms.gamma.sum(-1) * wrote
+        return y, LayerState(*new, gamma_sum, state.gamma_count + num_mem_tokens * wrote, least)
+
+    def _run_in_place(self, weights, memory_weights, state: LayerState | None, x, y: torch.Tensor, *args) -> None:
+        """[`CellGroup._run`] whose results go to `y` and to where the state was."""
+        output, new = self._run(weights, memory_weights, state, x, *args)
+        y.copy_(output)
+        for old, value in zip(state or (), new or (), strict=True):
+            if old is not None:
+                old.copy_(value)
