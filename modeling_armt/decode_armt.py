@@ -1,9 +1,9 @@
 """
 When a model decodes at fixed shapes, and whose conversation lies in the buffers.
 
-The buffers belong to the model's [`DecodeStep`], a conversation to its [`ARMTCache`]. While it is decoded, the cache's
-tensors are in the buffers; whoever asks the cache for them, and another conversation that wants the buffers, makes them
-move back. Whatever does not fit (a family, a device, a kind of call) goes the way of all other calls.
+The buffers belong to the model's [`DecodeStep`], a conversation to its [`ARMTCache`]. While it is decoded, the
+cache's tensors are in the buffers; whoever asks the cache for them, and another conversation that wants the buffers,
+makes them move back. Whatever does not fit (a family, a device, a kind of call) goes the way of all other calls.
 """
 
 import operator
@@ -15,7 +15,7 @@ import torch
 from transformers.utils import logging
 
 from .cache_armt import ARMTCache
-from .decode_step_armt import DecodeStep
+from .decode_probe_armt import find_decode_step, unsuitable
 
 
 if TYPE_CHECKING:
@@ -23,11 +23,9 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Devices on which a step is compiled. On a CPU that takes long and wins little.
-COMPILED_DEVICES = {"cuda"}
-# What equal computations may differ by, relative to the norm of the logits.
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-3}
-HALF_TOLERANCE = 5e-2
+# Where it is worth while. On a CPU the step as it is wins nothing; compiled, 10 to 30 percent of a small model's time.
+DEVICES = {"cuda"}
+COMPILES = True
 
 
 def decode(
@@ -96,9 +94,13 @@ class FixedShapes:
         self.seen = _Fingerprint(model)
         self.owner, self.stream = (lambda: None), None
         self.all_real = True
-        self.step, self.reason = None, _unsuitable(model)
+        self.step, self.reason = None, "it wins nothing on this device"
+        if model.get_input_embeddings().weight.device.type not in DEVICES:
+            self._seconds = 0.0
+            return
+        self.reason = unsuitable(model)
         if self.reason is None:
-            self.step, self.reason = prepare(model)
+            self.step, self.reason = find_decode_step(model, COMPILES)
         if self.reason is not None:
             logger.warning(
                 f"{model.config.text_config.model_type} cannot decode at fixed shapes ({self.reason}); it decodes the "
@@ -128,7 +130,7 @@ class FixedShapes:
                 stream.wait_stream(self.stream)
             self.stream = stream
         if self.owner() is not cache or cache.lent_to is not self:
-            if cache.last_hidden is None or max(cache.opened) >= step.segment_size:
+            if cache.last_hidden is None:  # nothing but padding so far
                 return None
             self.give_back()
             if step.batch_size != len(input_ids):
@@ -146,7 +148,7 @@ class FixedShapes:
             self.all_real = False
         step.step()
         self._count(cache, real)
-        return step.logits.clone() if step.captures else step.logits
+        return step.logits.clone()  # the next step overwrites them
 
     def _count(self, cache: ARMTCache, real: list[bool] | None) -> None:
         """Advances what the host knows, and writes the segments that are full."""
@@ -167,7 +169,7 @@ class FixedShapes:
 
     def __del__(self):
         if getattr(self, "step", None) is not None:
-            self.step.__dict__.clear()  # compiled code refers to itself: without this, weights and buffers would stay
+            self.step.clear()
 
     def give_back(self, cache: ARMTCache | None = None) -> None:
         """Moves the conversation out of the buffers, into its cache; `cache`: if it is this one."""
@@ -213,95 +215,3 @@ class _Fingerprint:
         except (KeyError, TypeError):  # gone, or None
             return "changed"
         return "moved" if kinds == self._kinds else "changed"
-
-
-# Whether a model can
-
-
-def _unsuitable(model: "ARMTPreTrainedModel") -> str | None:
-    """Why not to try: where weights are fetched, spread or unpacked in ways that a fixed step would not follow."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(hasattr(module, "_hf_hook") for module in model.modules()) or any(t.is_meta for t in tensors):
-        return "its weights are offloaded or dispatched"
-    if len({tensor.device for tensor in tensors}) > 1:
-        return "its weights are on several devices"
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model.model, "hf_quantizer", None) is not None:
-        return "its weights are quantized"
-    return None
-
-
-@torch.no_grad()
-def prepare(model: "ARMTPreTrainedModel") -> tuple[DecodeStep | None, str | None]:
-    """
-    A decode step that does what the model does, or the reason why there is none: tried on a random memory and a few
-    tokens, one of them padding, with the end of a segment among them.
-    """
-    config = model.config.text_config
-    kinds = ["full", "sliding"] if getattr(config, "sliding_window", None) is None else ["sliding", "full"]
-    kinds.insert(0 if len(set(getattr(config, "layer_types", None) or ())) > 1 else 2, "by kind")
-    if not getattr(config, "layer_types", None):
-        kinds.remove("by kind")
-    if getattr(config, "sliding_window", None) is None:
-        kinds.remove("sliding")
-    reason = "its keys cannot be told"
-    device = model.get_input_embeddings().weight.device
-    with torch.inference_mode(False):
-        generator = torch.Generator().manual_seed(0)
-        opened = max(model.config.segment_size - 2, 1)
-        ids = torch.randint(model.get_input_embeddings().num_embeddings, (2, opened + 4), generator=generator)
-        ids, first = ids.to(device), torch.zeros(2, opened, dtype=torch.long, device=device)
-        first[0], first[1, -1] = 1, 1
-        cache = model(ids[:, :opened], attention_mask=first, use_cache=True, logits_to_keep=1).past_key_values
-        like = cache.keys
-        if like is None:  # a segment of a single token
-            like = model.decoder(ids[:, :1], use_cache=True).past_key_values
-        columns = [(ids[:, opened + n, None], [True, n != 1]) for n in range(4)]
-        _fill(model, cache, generator)
-        other = cache.fork()
-        expected = []
-        for tokens, real in columns:
-            mask = torch.tensor(real, device=device)[:, None]
-            expected.append(model(tokens, attention_mask=mask, past_key_values=other).logits)
-        expected = [torch.stack(expected), *(state.A for state in other.states.values()), other.last_hidden]
-        for masks in kinds:
-            try:
-                step = DecodeStep(model, like, masks, compiles=False, captures=False)
-                found = _try(step, cache.fork(), columns)
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                continue
-            error = max(((f - e).norm() / e.norm()).item() for f, e in zip(found, expected, strict=True))
-            if error <= TOLERANCE.get(step.dtype, HALF_TOLERANCE):
-                on_gpu = device.type == "cuda"
-                return DecodeStep(model, like, masks, device.type in COMPILED_DEVICES, on_gpu), None
-            reason = f"its results differ by {error:.1e} from those of its own forward"
-    return None, reason
-
-
-def _fill(model: "ARMTPreTrainedModel", cache: ARMTCache, generator: torch.Generator) -> None:
-    """Random memories, since those of a fresh conversion would add nothing."""
-    scale = model.memory_tokens.weight.float().std().item()
-    for index in cache.states:
-        empty = model.memory[str(index)].zero_state(2, cache.last_hidden.device)
-        A = scale * torch.randn(empty.A.shape, generator=generator)
-        z = None if empty.z is None else 0.5 + torch.rand(empty.z.shape, generator=generator)
-        filled = {"A": A, "z": z}
-        cache.states[index] = type(empty)(**{n: None if t is None else t.to(empty.A) for n, t in filled.items()})
-    cache.segments = [1, 1]
-
-
-def _try(step: DecodeStep, cache: ARMTCache, columns: list) -> list[torch.Tensor]:
-    step.resize(2)
-    step.load(cache)
-    opened, logits = cache.opened, []
-    for tokens, real in columns:
-        step.ids.copy_(tokens)
-        step.real.copy_(torch.tensor(real))
-        step.step()
-        logits.append(step.logits.clone())
-        opened = [n + r for n, r in zip(opened, real, strict=True)]
-        full = [row for row, n in enumerate(opened) if n == step.segment_size]
-        if full:
-            step.flush(full)
-        opened = [0 if n == step.segment_size else n for n in opened]
-    return [torch.stack(logits), *(state.A for state in step.states.values()), step.last_hidden]

@@ -1,12 +1,11 @@
 """
 One decode step of a batch at fixed shapes: everything it reads and writes lies in buffers that stay where they are.
 
-`step` takes one token of every row through (read, layer) for every layer; `flush` takes the memory tokens of rows whose
-segment is full through (read, layer, write) and drops the segment. Both work in place on the buffers, so that they can
-be compiled, and captured as CUDA graphs. The layers are the backbone's own, run by its own forward.
+`step` takes one token of every row through (read, layer) for every layer; `flush` takes the memory tokens of rows
+whose segment is full through (read, layer, write) and drops the segment. Both work in place on the buffers, so that
+they can be compiled, and captured as CUDA graphs. The layers are the backbone's own, run by its own forward.
 """
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,11 @@ from torch import nn
 from transformers.utils import logging
 
 from .attachment_armt import MemoryStatistics, attach_memories, find_decoder_layers
-from .cache_armt import ARMTCache, SegmentKeys
+from .cache_armt import ARMTCache
 from .head_armt import run_head
 from .memory_armt import MemoryState
 from .native_armt import StandIn, with_layers
+from .replay_armt import Replay
 from .static_keys_armt import StaticKeys, bare_layer, load_keys, slot_masks, unload_keys
 
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from .modeling_armt import ARMTPreTrainedModel
 
 logger = logging.get_logger(__name__)
+
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
 # coordinate_descent_tuning also turns the products of a single row into sums, which run at the speed of the memory.
 INDUCTOR_OPTIONS = {"coordinate_descent_tuning": True}
@@ -50,47 +52,13 @@ class _StaticLayer(StandIn):
         return output
 
 
-class _Replay:
-    """A function of buffers: called the first time, on a GPU captured the second time, and replayed from then on."""
-
-    def __init__(self, step: "DecodeStep", function: Callable[[], None]):
-        self.step, self.function, self.calls, self.graph = step, function, 0, None
-
-    def __call__(self) -> None:
-        self.calls += 1
-        if self.graph is not None:
-            return self.graph.replay()
-        start = time.perf_counter()
-        with torch.inference_mode(False), torch.no_grad():
-            if self.step.captures and self.calls == 2:
-                self._capture()
-            if self.graph is None:
-                self.function()
-            else:
-                self.graph.replay()
-        if self.step.captures or self.calls == 1:
-            self.step.prepare_seconds += time.perf_counter() - start
-
-    def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # What other threads do on the device meanwhile does not matter.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.function()
-        except Exception as error:
-            self.step.captures = False
-            logger.warning(f"the decode step cannot be captured as a CUDA graph ({error}); it runs without.")
-        else:
-            self.graph = graph
-
-
 class DecodeStep:
     """
     Buffers and passes for batches of one model. Not thread-safe: the caller holds a lock.
 
     Args:
         model: the model, used as it is: parameters are neither copied nor changed.
-        like: keys of any open segment of this model, for their shapes.
+        like: by layer, keys and values of any token, `(1, heads, 1, head_dim)`, for their shapes and dtypes.
         masks: "by kind", "sliding" or "full": what the backbone takes as its 4D attention mask.
         compiles, captures: whether to use torch.compile and CUDA graphs.
 
@@ -101,24 +69,21 @@ class DecodeStep:
         prepare_seconds: what first calls took so far, compilation and capture included.
     """
 
-    def __init__(self, model: "ARMTPreTrainedModel", like: SegmentKeys, masks: str, compiles: bool, captures: bool):
+    def __init__(self, model: "ARMTPreTrainedModel", like: Pairs, masks: str, compiles: bool, captures: bool):
         config = model.config
         # Not the model itself, which owns this step.
         self.backbone, self.decoder_name, self.config = model.model, model.decoder_name, config
-        self.embedding, self.memory, self.memory_tokens = (
-            model.get_input_embeddings(),
-            model.memory,
-            model.memory_tokens,
-        )
+        self.embedding = model.get_input_embeddings()
+        self.memory, self.memory_tokens = model.memory, model.memory_tokens
         self.like, self.masks, self.captures = like, masks, captures
         self.segment_size, self.num_mem_tokens = config.segment_size, config.num_mem_tokens
         needed = self.segment_size + self.num_mem_tokens + 1
         self.num_slots = -(-needed // 16) * 16  # aligned rows: products of odd sizes are slow
         self.spans = _spans(config.text_config, masks)
         self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
-        self.prepare_seconds = 0.0
-        self.batch_size = 0
-        self._pass = torch.compile(self._read_token, dynamic=False, options=self._options()) if compiles else None
+        self._seconds, self._replays, self.batch_size = 0.0, (), 0
+        options = None if self.device.type == "cpu" else INDUCTOR_OPTIONS
+        self._pass = torch.compile(self._read_token, dynamic=False, options=options) if compiles else None
         num_layers = config.text_config.num_hidden_layers
         layers = [bare_layer(layer) for layer in find_decoder_layers(model.decoder, num_layers)]
         attach_memories(with_layers(model.decoder, num_layers, layers), num_layers, ())
@@ -136,19 +101,15 @@ class DecodeStep:
         self.reader = decoder(self._read, None)
         self.writer = decoder(self._read_rows, self._write_rows)
 
-    def _options(self) -> dict | None:
-        return None if self.device.type == "cpu" else INDUCTOR_OPTIONS
-
     def resize(self, batch_size: int) -> None:
         """Makes the buffers for `batch_size` rows. What they held is lost."""
-        size = batch_size
+        size = self.batch_size = batch_size
         with torch.inference_mode(False), torch.no_grad():
 
             def slots(states: torch.Tensor) -> torch.Tensor:
                 return states.new_zeros(size, states.shape[1], self.num_slots, states.shape[3])
 
-            self.keys = [slots(layer.keys) for layer in self.like.layers]
-            self.values = [slots(layer.values) for layer in self.like.layers]
+            self.keys, self.values = ([slots(states) for states in kind] for kind in zip(*self.like, strict=True))
             self.states = {
                 index: self.memory[str(index)].zero_state(size, self.device)
                 for index in self.config.memory_layer_indices
@@ -167,19 +128,28 @@ class DecodeStep:
             self.rows = torch.arange(size, device=self.device)
             self.one_row = self.rows[:1].clone()
         self.last_hidden = self.logits = self._flushed = None
-        self.batch_size = batch_size
         self.recapture()
 
     def recapture(self) -> None:
         """Forgets the CUDA graphs, as when weights have moved."""
-        self._step = _Replay(self, self._run)
-        self._flush_one = _Replay(self, lambda: self._flush_rows(self.one_row))
-        self._flush_all = _Replay(self, lambda: self._flush_rows(self.rows))
+        self._seconds = self.prepare_seconds
+        self._step = Replay(self._run, self.captures)
+        self._flush_one = Replay(lambda: self._flush_rows(self.one_row), self.captures)
+        self._flush_all = Replay(lambda: self._flush_rows(self.rows), self.captures)
+        self._replays = (self._step, self._flush_one, self._flush_all)
+
+    @property
+    def prepare_seconds(self) -> float:
+        return self._seconds + sum(replay.seconds for replay in self._replays)
+
+    def clear(self) -> None:
+        """The end: lets go of weights and buffers, which compiled code, referring to itself, would keep a while."""
+        self.__dict__.clear()
 
     # A conversation in the buffers
 
     @property
-    def buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def buffers(self) -> Pairs:
         return list(zip(self.keys, self.values, strict=True))
 
     def load(self, cache: ARMTCache) -> None:
@@ -199,7 +169,7 @@ class DecodeStep:
                     empty = float("inf") if name == "min_denominator" else 0.0
                     tensor.fill_(empty) if known is None else tensor.copy_(known)
             if self.last_hidden is None:
-                self.last_hidden = cache.last_hidden.clone()
+                self.last_hidden = torch.empty_like(cache.last_hidden)
             self.last_hidden.copy_(cache.last_hidden)
             self.position.copy_(torch.tensor(cache.opened))
             self.written.copy_(torch.tensor(cache.segments) > 0)

@@ -15,7 +15,7 @@ from helpers import cache_contents, difference, pad_left
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt
+from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt, decode_step_armt
 
 
 STEPS = 3 * SEGMENT_SIZE + 3  # over three borders at least
@@ -207,8 +207,8 @@ def test_generate_gives_the_same_tokens(name: str, mode: str):
 
 def test_every_new_token_but_the_first_is_a_step(fast, monkeypatch):
     steps = []
-    run = decode_armt.DecodeStep.step
-    monkeypatch.setattr(decode_armt.DecodeStep, "step", lambda step: (steps.append(step.batch_size), run(step)))
+    run = decode_step_armt.DecodeStep.step
+    monkeypatch.setattr(decode_step_armt.DecodeStep, "step", lambda step: (steps.append(step.batch_size), run(step)))
     generate(fast, random_ids(3, 5))
     assert steps.count(3) == STEPS - 1
 

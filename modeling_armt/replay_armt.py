@@ -1,0 +1,56 @@
+"""A function of buffers as a CUDA graph."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class Replay:
+    """
+    A function without arguments and result, which works on buffers that stay where they are. It is called the first
+    time (and compiled, if it is to be), captured the second time, and replayed from then on.
+
+    Args:
+        function: the function; run without gradients.
+        captures: False to call it every time.
+
+    Attributes:
+        seconds: what compilation and capture took: the time of the calls that were not replayed.
+    """
+
+    def __init__(self, function: Callable[[], None], captures: bool):
+        self.function, self.captures = function, captures
+        self.called, self.graph, self.seconds = False, None, 0.0
+
+    def __call__(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
+            return
+        start = time.perf_counter()
+        with torch.inference_mode(False), torch.no_grad():
+            if self.captures and self.called:
+                self._capture()
+            if self.graph is None:
+                self.function()
+            else:
+                self.graph.replay()
+        if self.captures or not self.called:
+            self.seconds += time.perf_counter() - start
+        self.called = True
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # What other threads do on the device meanwhile does not matter.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.function()
+        except Exception as error:
+            self.captures = False
+            logger.warning(f"a decode step cannot be captured as a CUDA graph ({error}); it runs without.")
+        else:
+            self.graph = graph
