@@ -37,7 +37,14 @@ class BufferedCells:
         lanes: int,
         collect: bool,
     ):
-        self.model, self.groups, self.inputs = model, groups, inputs
+        self.model, self.groups = model, groups
+        # What is not a weight is given anew with every call, and copied to where it was.
+        self.inputs = [
+            of_group._replace(
+                **{name: {k: t.clone() for k, t in getattr(of_group, name).items()} for name in ("shared", "own")}
+            )
+            for of_group in inputs
+        ]
         config, device = model.config, model.device
         self.key = (lanes, config.segment_size, config.num_mem_tokens, collect, model.dtype, device)
         positions = config.segment_size + config.num_mem_tokens
@@ -61,19 +68,7 @@ class BufferedCells:
             self.flags_now.append([[[usual] * lanes for _ in range(size)] for usual in (False, True)])
         self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
         self.pool = None
-        moves = [(self.place[layer], self.place[layer + 1]) for layer in range(len(self.place) - 1)]
-        self.moves = self._as_copies(moves)
-
-    def _as_copies(self, moves) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Source and destination of what moves from layer to layer, neighbours as one."""
-        copies = []
-        for (group, i), (other, j) in moves:
-            last = copies[-1] if copies else None
-            if last and last[:2] == [group, other] and (i, j) == (last[2] + last[4], last[3] + last[4]):
-                last[4] += 1
-            else:
-                copies.append([group, other, i, j, 1])
-        return [(self.y[group][i : i + n], self.x[other][j : j + n]) for group, other, i, j, n in copies]
+        self.moves: dict[tuple[int, int], tuple[list, list]] = {}
 
     @classmethod
     def take(
@@ -179,9 +174,23 @@ class BufferedCells:
         group, i = self.place[len(self.place) - 1]
         return self.y[group][i].clone()
 
-    def advance(self) -> None:
-        if len(self.moves) == 1:
-            source, destination = self.moves[0]
-            destination.copy_(source)
-        elif self.moves:
-            torch._foreach_copy_([b for _, b in self.moves], [a for a, _ in self.moves])
+    def advance(self, low: int, high: int) -> None:
+        if (low, high) not in self.moves:
+            self.moves[low, high] = self._moves(low, min(high, len(self.place) - 2))
+        sources, destinations = self.moves[low, high]
+        if len(sources) == 1:
+            destinations[0].copy_(sources[0])
+        elif sources:
+            torch._foreach_copy_(destinations, sources)
+
+    def _moves(self, low: int, high: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What is copied where when the outputs of layers `low` to `high` become inputs; neighbours as one."""
+        runs: list[list[int]] = []
+        for layer in range(low, high + 1):
+            (group, i), (other, j) = self.place[layer], self.place[layer + 1]
+            if runs and runs[-1][:2] == [group, other] and (i - runs[-1][2]) == (j - runs[-1][3]) == runs[-1][4]:
+                runs[-1][4] += 1
+            else:
+                runs.append([group, other, i, j, 1])
+        sources = [self.y[group][i : i + n] for group, _, i, _, n in runs]
+        return sources, [self.x[other][j : j + n] for _, other, _, j, n in runs]

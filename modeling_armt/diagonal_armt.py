@@ -69,7 +69,7 @@ class Pipeline:
         wants: Callable[[Step], bool],
     ):
         self.model, self.source, self.tokens, self.steps = model, source, tokens, steps
-        self.groups, self.calls, _ = prepared
+        self.groups, self.calls, self.one_by_one = prepared
         self.states, self.segments, self.statistics = dict(states), list(segments), statistics
         self.cached, self.wants = cached, wants
         self.lanes = len(steps[0].rows)
@@ -94,8 +94,7 @@ class Pipeline:
             cells = FunctionalCells(model, groups, inputs)
         else:
             cells = BufferedCells.take(model, groups, inputs, self.lanes, self.statistics is not None)
-        for number in range(length + num_layers - 1):
-            low, high = max(0, number - length + 1), min(num_layers - 1, number)
+        for number, low, high in self._waves(num_layers, length):
             if low == 0:
                 cells.enter(next(entering))
             for group, of_group in enumerate(groups.groups):
@@ -103,12 +102,21 @@ class Pipeline:
                 if active:
                     for first, last in of_group.parts(active[0], active[-1] + 1):
                         self._run_cells(cells, group, of_group.indices[first:last], first, last, number)
-            done = number - (num_layers - 1)
-            if done >= 0:
+            if high == num_layers - 1:
+                done = number - high
                 yield steps[done], self._leaving(steps[done], done, cells.leaving())
-            cells.advance()
+            cells.advance(low, high)
         self._collect()
         cells.give_back()
+
+    def _waves(self, num_layers: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """Which cells are run together: layers `low` to `high`, each at the step that is `number` less the layer."""
+        if self.one_by_one:
+            for step in range(length):
+                yield from ((step + layer, layer, layer) for layer in range(num_layers))
+        else:
+            for number in range(length + num_layers - 1):
+                yield number, max(0, number - length + 1), min(num_layers - 1, number)
 
     def _run_cells(self, cells, group: int, layers: list[int], first: int, last: int, number: int) -> None:
         """Cells of one group on diagonal `number`, with what happens before and after to the rows in them."""

@@ -98,8 +98,8 @@ class FunctionalCells:
         y, i = self.y[len(self.groups.kinds) - 1]
         return y[i]
 
-    def advance(self) -> None:
-        """Makes what left each layer the input of the next one."""
+    def advance(self, low: int, high: int) -> None:
+        """Makes what left layers `low` to `high` the input of the next ones."""
         self.x = {layer + 1: slot for layer, slot in self.y.items()}
         self.y = {}
 

@@ -99,7 +99,7 @@ class Prepared(NamedTuple):
 
     groups: LayerGroups
     calls: list[NativeCall]
-    lanes: int
+    one_by_one: bool = False  # cell by cell, in the order of the sequential schedule
 
 
 def lanes_for(model: "ARMTPreTrainedModel", rows: int) -> int:
@@ -137,7 +137,7 @@ def prepare(model: "ARMTPreTrainedModel", lanes: int) -> Prepared:
             kinds_now = [(*of_layer, *_describe_call(call)) for of_layer, call in zip(kinds, calls, strict=True)]
             for entry in known:
                 if entry.kinds == kinds_now:
-                    return Prepared(entry, calls, lanes)
+                    return Prepared(entry, calls)
         try:
             calls, _ = native_pass(model, embeds)
             kinds_now = [(*of_layer, *_describe_call(call)) for of_layer, call in zip(kinds, calls, strict=True)]
@@ -149,7 +149,7 @@ def prepare(model: "ARMTPreTrainedModel", lanes: int) -> Prepared:
         calls = [call._replace(x=None, output=None) for call in calls]
         groups.cold_start_s += time.perf_counter() - started
         fast.diagonal.append(groups)
-    return Prepared(groups, calls, lanes)
+    return Prepared(groups, calls)
 
 
 def _describe_call(call: NativeCall) -> tuple:

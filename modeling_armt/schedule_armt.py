@@ -42,14 +42,16 @@ def choose_schedule(
     if schedule == "diagonal" and output_hidden_states:
         raise ValueError("hidden states of all layers come from the sequential schedule; leave schedule out.")
     sizes = (model.config.segment_size, model.config.num_mem_tokens)
-    if schedule != "sequential" and not output_hidden_states:
+    compiled = model.fast.enabled  # then cell by cell is the sequential schedule, compiled
+    if (schedule != "sequential" or compiled) and not output_hidden_states:
         rows = sum(count > 0 for count in counts)
         steps = plan_pipeline(counts, opened, *sizes, cached, lanes_for(model, rows))
         first = next((step for step in steps if step.rows is not None), None)
         depth = sum(step.rows is not None for step in steps)
-        if first is not None and (schedule == "diagonal" or _pays(model, depth)):
+        if first is not None and (schedule is not None or _pays(model, depth)):
             try:
-                return steps, prepare(model, len(first.rows))
+                prepared = prepare(model, len(first.rows))
+                return steps, prepared._replace(one_by_one=schedule == "sequential")
             except CannotStack as error:
                 reason = f"{model.config.text_config.model_type} cannot be read in the diagonal schedule: {error}."
                 if schedule == "diagonal":
