@@ -114,6 +114,11 @@ class TestSources:
         output = model.read(iter(ids[before:].split(sizes)), cache, block_segments=block_segments)
         assert_same_result(output, forward(model, ids[None]))
 
+    @pytest.mark.parametrize("schedule", ["sequential", "diagonal"])
+    def test_every_schedule(self, model, schedule):
+        ids = random_ids(2, TOKENS)
+        assert_same_result(model.read(ids, schedule=schedule, block_segments=4), forward(model, ids))
+
     def test_is_without_gradients(self, model, ids):
         assert not model.read(ids).logits.requires_grad
 
@@ -307,6 +312,10 @@ class TestErrors:
     def test_block_size(self, model, ids, block_segments):
         with pytest.raises(ValueError, match="block_segments is"):
             model.read(ids, block_segments=block_segments)
+
+    def test_unknown_schedule(self, model, ids):
+        with pytest.raises(ValueError, match="schedule is 'sideways'"):
+            model.read(ids, schedule="sideways")
 
     def test_cache_of_another_kind(self, model, ids):
         with pytest.raises(ValueError, match="must be an ARMTCache"):
