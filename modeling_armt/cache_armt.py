@@ -214,9 +214,14 @@ class ARMTCache(Cache):
 
     # Copies
 
+    def become(self, other: "ARMTCache") -> None:
+        """Takes over all that `other` holds."""
+        self.take_back()
+        self.__dict__.update(other.__getstate__())
+
     def _select(self, rows: torch.Tensor) -> None:
         index = rows.tolist()
-        self.__dict__.update(self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device))).__dict__)
+        self.become(self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device))))
         for name in ("opened", "segments", "tokens"):
             setattr(self, name, [getattr(self, name)[i] for i in index])
         if self.keys is not None:  # the row with the longest open segment may be gone

@@ -142,6 +142,11 @@ class DecodeStep:
     def prepare_seconds(self) -> float:
         return self._seconds + sum(replay.seconds for replay in self._replays)
 
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps are replays of a CUDA graph by now."""
+        return self._step.graph is not None
+
     def clear(self) -> None:
         """The end: lets go of weights and buffers, which compiled code, referring to itself, would keep a while."""
         self.__dict__.clear()

@@ -384,9 +384,9 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             row's last real token before it got.
         """
         if self.fast.enabled and isinstance(past_key_values, ARMTCache) and not kwargs:
-            others = (inputs_embeds, labels, bptt_segments)
+            plain = inputs_embeds is None and labels is None and bptt_segments is None and schedule is None
             states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            if return_logits and type(logits_to_keep) is int and not states and others == (None, None, None):
+            if plain and return_logits and not states and type(logits_to_keep) is int and logits_to_keep >= 0:
                 logits = decode(self, input_ids, attention_mask, past_key_values)
                 if logits is not None:
                     output = CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)

@@ -44,8 +44,8 @@ class Replay:
         self.called = True
 
     def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
         try:
+            graph = torch.cuda.CUDAGraph()
             # What other threads do on the device meanwhile does not matter.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.function()

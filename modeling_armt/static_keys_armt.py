@@ -10,6 +10,7 @@ least number of the dtype.
 """
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .cache_armt import SegmentKeys
 
 
-ATTENTION = "armt_static_attention"
+# What takes the place of a backbone's attention; in that of sdpa, which overlooks what it does not know, as it does.
+ATTENTION, SDPA_ATTENTION = "armt_static_attention", "armt_static_sdpa"
 # Up to so many rows attention is written as sums, which the compiler fuses; beyond, matrix products read less.
 ROWS_OF_SUMS = 4
 
@@ -96,6 +98,7 @@ def static_attention(
     attention_mask: torch.Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
+    unknown: tuple[str, ...] = ("softcap", "s_aux", "position_bias"),
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -105,11 +108,12 @@ def static_attention(
         query: `(B, heads, P, head_dim)`.
         key, value: `(B, key heads, slots, head_dim)`.
         attention_mask: `(B, 1, P, slots)`, added to the scores.
+        unknown: arguments that would change the result.
 
     Returns:
         `(B, P, heads, head_dim)`, and no weights.
     """
-    extras = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    extras = [name for name in unknown if kwargs.get(name) is not None]
     if extras:
         raise NotImplementedError(f"attention with {', '.join(extras)}")
     batch_size, heads, length, width = query.shape
@@ -132,6 +136,7 @@ def static_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, static_attention)
+ALL_ATTENTION_FUNCTIONS.register(SDPA_ATTENTION, partial(static_attention, unknown=("position_bias",)))
 
 
 def bare_layer(layer: nn.Module) -> nn.Module:
@@ -146,10 +151,12 @@ def bare_layer(layer: nn.Module) -> nn.Module:
         new._modules = {name: None if child is None else bare(child) for name, child in module._modules.items()}
         new._forward_hooks, new._forward_pre_hooks = module._forward_hooks.copy(), module._forward_pre_hooks.copy()
         config = module.__dict__.get("config")
-        if getattr(config, "_attn_implementation", None) not in (None, "eager"):
+        implementation = getattr(config, "_attn_implementation", None)
+        if implementation not in (None, "eager"):
             if id(config) not in configs:
                 configs[id(config)] = copy.copy(config)
-                configs[id(config)]._attn_implementation_internal = ATTENTION
+                name = SDPA_ATTENTION if implementation == "sdpa" else ATTENTION
+                configs[id(config)]._attn_implementation_internal = name
             new.__dict__["config"] = configs[id(config)]
         return new
 

@@ -46,7 +46,7 @@ def read_stream(
             progress(ids.shape[1])
     if output is None:
         raise ValueError("the input is empty: a text needs at least one token to be read.")
-    cache.__dict__.update(work.__dict__)
+    cache.become(work)
     output.past_key_values = cache
     return output
 

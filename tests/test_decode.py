@@ -3,6 +3,7 @@ The fast decode step is the ordinary forward, one token at a time: same logits, 
 and kind of cache; and a conversation can be used for anything else at any time.
 """
 
+import contextlib
 import copy
 import functools
 import threading
@@ -15,7 +16,8 @@ from helpers import cache_contents, difference, pad_left
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt, decode_step_armt
+from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt, decode_step_armt, replay_armt
+from modeling_armt.replay_armt import Replay
 
 
 STEPS = 3 * SEGMENT_SIZE + 3  # over three borders at least
@@ -341,6 +343,15 @@ def test_a_memory_is_saved_in_the_middle_and_goes_on(slow, fast, tmp_path):
     assert difference(found, expected) <= 1e-9
 
 
+def test_a_text_may_be_read_whose_last_block_is_a_token(slow, fast):
+    cache, ids = read(slow, 5), random_ids(1, SEGMENT_SIZE + 4)  # 3 fill the open segment, 8 the next
+    other = copy.deepcopy(cache)
+    for model, memory in ((slow, cache), (fast, other)):
+        model.read(ids, memory, block_segments=1)
+    assert cache.tokens == [17] and cache.opened == [1]
+    check_same_memory(other, cache)
+
+
 def test_a_forgotten_conversation_leaves_the_buffers(fast):
     cache = read(fast, 5)
     decode(fast, cache, random_ids(1, 4))
@@ -556,3 +567,62 @@ def test_the_compiled_step_is_the_forward_of_a_token(name: str, tolerance: float
     assert fast.fast.decode.prepare_seconds > 0
     assert difference(found, expected) <= tolerance
     check_same_memory(other, cache, tolerance)
+
+
+def test_a_step_that_cannot_be_compiled_runs_as_it_is(slow, fast, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no compiler")
+
+    messages = []
+    monkeypatch.setattr(decode_armt, "COMPILES", True)
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: broken)
+    monkeypatch.setattr(decode_step_armt.logger, "warning", messages.append)
+    cache, ids = read(slow, 5), random_ids(1, 10)
+    expected = decode(slow, cache.fork(), ids)
+    assert difference(decode(fast, cache, ids), expected) <= 1e-9
+    assert is_fast(cache, fast)
+    assert len(messages) == 1 and "no compiler" in messages[0]
+
+
+class FakeGraph:
+    """Captures by remembering what was called, as a GPU does not: it does not run it."""
+
+    def __init__(self):
+        self.functions = []
+
+    def replay(self):
+        for function in self.functions:
+            function()
+
+
+def test_a_function_is_called_then_captured_then_replayed(monkeypatch):
+    calls, captured = [], []
+
+    @contextlib.contextmanager
+    def capture(graph, **kwargs):
+        graph.functions.append(lambda: calls.append("replayed"))
+        yield
+        captured.append(calls.pop())  # what runs during a capture has no effect
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    replay = Replay(lambda: calls.append("called"), captures=True)
+    for _ in range(4):
+        replay()
+    assert calls == ["called", "replayed", "replayed", "replayed"]
+    assert captured == ["called"]
+
+
+def test_a_function_that_cannot_be_captured_is_called(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    calls, messages = [], []
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", broken)
+    monkeypatch.setattr(replay_armt.logger, "warning", messages.append)
+    replay = Replay(lambda: calls.append("called"), captures=True)
+    for _ in range(4):
+        replay()
+    assert calls == ["called"] * 4
+    assert len(messages) == 1 and "capturing" in messages[0]

@@ -1,11 +1,13 @@
 """What only a GPU can show: devices, bfloat16, peak memory. Run with `pytest -m gpu`."""
 
+import time
+
 import pytest
 import torch
 from helpers import enable_checkpointing
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from modeling_armt import ARMTForCausalLM
+from modeling_armt import ARMTCache, ARMTForCausalLM
 
 
 pytestmark = [
@@ -112,3 +114,116 @@ def test_generate_streams_a_left_padded_batch(backbone_config):
     mask[0, :30] = 0
     output = model.generate(ids, attention_mask=mask, max_new_tokens=100, do_sample=False)
     assert output.shape == (2, 250)
+
+
+# Decode at fixed shapes, compiled and captured
+
+
+def decode(model: ARMTForCausalLM, cache: ARMTCache, ids: torch.Tensor, real: torch.Tensor | None = None):
+    """Logits of `(B, T)` ids, one column at a time; `real` `(B, T)` says which are not padding."""
+    logits = []
+    for n, tokens in enumerate(ids.split(1, dim=1)):
+        mask = None if real is None else real[:, n, None]
+        logits.append(model(tokens, attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(logits, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_are_the_forward_of_a_token(backbone_config, rows: int, dtype: torch.dtype):
+    model = make_model(backbone_config, dtype)
+    ids, mask = random_ids(rows, 90), torch.ones(rows, 90, dtype=torch.long, device="cuda")
+    mask[: rows // 2, :40] = 0  # rows fill their segments at different steps
+    cache = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+    more, other = random_ids(rows, 220), cache.fork()
+    real = torch.rand(rows, 220, generator=torch.Generator().manual_seed(0)) > (0.1 if rows > 1 else -1)
+    expected = decode(model, cache, more, real.cuda())
+    found = decode(model.compile_armt(), other, more, real.cuda())
+    assert other.lent_to is model.fast.decode, model.fast.decode.reason
+    assert model.fast.decode.step.is_captured
+    error = ((found - expected).float().norm() / expected.float().norm()).item()
+    print(f"{dtype} {rows} rows: error {error:.1e}, prepared in {model.fast.decode.prepare_seconds:.0f} s")
+    assert error <= (1e-3 if dtype == torch.float32 else 5e-2)
+    assert (other.opened, other.segments, other.tokens) == (cache.opened, cache.segments, cache.tokens)
+    for layer, state in other.states.items():
+        expected = cache.states[layer].A
+        assert ((state.A - expected).norm() / expected.norm()).item() <= (1e-3 if dtype == torch.float32 else 5e-2)
+
+
+@torch.no_grad()
+def test_weights_that_move_or_change_are_captured_again(backbone_config):
+    model = make_model(backbone_config, torch.float32)
+    cache, ids = model(random_ids(1, 90)).past_key_values, random_ids(1, 20)
+    other = cache.fork()
+    model.compile_armt()
+    decode(model, other, ids)
+    prepared = model.fast.decode
+    for parameter in model.parameters():
+        parameter.data = 1.1 * parameter.data
+    found = decode(model, cache.fork(), ids)
+    assert model.fast.decode is prepared and prepared.step.is_captured
+    expected = decode(model.compile_armt(False), cache.fork(), ids)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_generate_streams_without_end_in_constant_memory_when_captured(backbone_config):
+    model = make_model(backbone_config, torch.bfloat16).compile_armt()
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+    peaks = []
+    for new_tokens in (200, 200, 1000):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        output = model.generate(random_ids(4, 50), max_new_tokens=new_tokens, **options)
+        peaks.append(torch.cuda.max_memory_allocated())
+        assert output.past_key_values.lent_to is model.fast.decode
+    assert peaks[2] <= 1.01 * peaks[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 32])
+def test_speed_of_decoding_on_the_shape_of_llama_3_2_1b(rows: int):
+    """Prints tokens per second (`pytest -s`); that they are more than without compiled code is all it asserts."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        backbone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        model = ARMTForCausalLM.from_backbone(backbone, segment_size=1024, num_mem_tokens=128, d_mem=64)
+    cache, token = model(random_ids(rows, 1500), logits_to_keep=1).past_key_values, random_ids(rows, 1)
+
+    def speed(steps: int) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            model(token, past_key_values=cache)
+        torch.cuda.synchronize()
+        return rows * steps / (time.perf_counter() - start)
+
+    usual = speed(50)
+    model.compile_armt()
+    speed(1100)  # compiles, and captures a flush
+    speed(1100)
+    fast = speed(3 * 1024 + 100)
+    start = time.perf_counter()
+    ids = random_ids(rows, 1500)
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    model.generate(ids, max_new_tokens=3100, **options)
+    torch.cuda.synchronize()
+    generated = rows * 3100 / (time.perf_counter() - start)
+    decode = model.fast.decode
+    print(
+        f"\n{torch.cuda.get_device_name()}, {rows} rows: {usual:.0f} tokens/s as it is, {fast:.0f} compiled, "
+        f"{generated:.0f} under generate (prefill included); prepared in {decode.prepare_seconds:.0f} s"
+    )
+    assert decode.step.is_captured and fast > 2 * usual
