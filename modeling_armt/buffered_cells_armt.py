@@ -29,6 +29,8 @@ class BufferedCells:
         collect: whether statistics are kept.
     """
 
+    captures = True
+
     def __init__(
         self,
         model: "ARMTPreTrainedModel",

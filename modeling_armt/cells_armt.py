@@ -78,22 +78,32 @@ class CellGroup:
         if compiled:
             self.run = torch.compile(self._run, dynamic=False)
             self.run_in_place = torch.compile(self._run_in_place, dynamic=False)
-        # Every size is compiled apart; small ones are as fast per cell, so a few serve all.
-        size, self.sizes = len(indices), []
-        while compiled and size > 1:
-            self.sizes.append(size)
-            size //= 4
-        self.sizes.append(1)
         self.compiled = compiled
 
-    def parts(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Cuts a range of the group's layers into calls."""
+    def parts(self, first: int, last: int, captured: bool) -> Iterator[tuple[int, int]]:
+        """
+        Cuts a range of the group's layers into calls. Every size is compiled apart, so there are only a few; small ones
+        are nearly as fast per cell.
+
+        Args:
+            captured: few calls, that come again, are better than large ones: a graph costs the host nothing.
+        """
+        whole = len(self.indices)
         while first < last:
             size = last - first
-            if self.compiled:
-                size = next(n for n in self.sizes if first % n == 0 and first + n <= last)
+            if self.compiled and size < whole:
+                size = next(
+                    n for n in self._sizes(4 if captured else 2) if n <= size and (first % n == 0 or not captured)
+                )
             yield first, first + size
             first += size
+
+    def _sizes(self, ratio: int) -> list[int]:
+        """1 and its multiples by `ratio`, the largest first."""
+        sizes = [1]
+        while sizes[0] * ratio < len(self.indices):
+            sizes.insert(0, sizes[0] * ratio)
+        return sizes
 
     def inputs(self, model, layers, calls: list[NativeCall]) -> "GroupInputs":
         """

@@ -100,7 +100,7 @@ class Pipeline:
             for group, of_group in enumerate(groups.groups):
                 active = [i for i, layer in enumerate(of_group.indices) if low <= layer <= high]
                 if active:
-                    for first, last in of_group.parts(active[0], active[-1] + 1):
+                    for first, last in of_group.parts(active[0], active[-1] + 1, cells.captures):
                         self._run_cells(cells, group, of_group.indices[first:last], first, last, number)
             if high == num_layers - 1:
                 done = number - high

@@ -36,6 +36,8 @@ class FunctionalCells:
         inputs: of each group.
     """
 
+    captures = False  # whether calls become graphs
+
     def __init__(self, model: "ARMTPreTrainedModel", groups: LayerGroups, inputs: list[GroupInputs]):
         self.model, self.groups, self.inputs = model, groups, inputs
         self.x: dict[int, Slot] = {}

@@ -178,6 +178,10 @@ class AssociativeMemory(nn.Module):
             z = state.z + (gamma[..., None] * k).sum(-2) if self.use_denom else None
             return MemoryState(A, z), WriteTerms(gamma, denominator)
 
+    def _answer(self, query: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        """query A `(B, P, D)` for `(B, P, K)` queries."""
+        return query @ A
+
     def _update(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """sum_m k v^T `(B, K, D)` of `(B, m, K)` keys and `(B, m, D)` values."""
         return k.mT @ v
@@ -190,5 +194,5 @@ class AssociativeMemory(nn.Module):
 
     def _recall(self, query: torch.Tensor, state: MemoryState) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(query A) / (query . z + eps) for `(B, P, K)` queries, and the `(B, P)` denominators."""
-        answer, denominator = query @ state.A, self._denominator(query, state)
+        answer, denominator = self._answer(query, state.A), self._denominator(query, state)
         return answer if denominator is None else answer / denominator[..., None], denominator

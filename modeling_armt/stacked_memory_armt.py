@@ -97,10 +97,18 @@ class StackedMemory:
         self.weights = weights
         self.state_dtype = torch.promote_types(weights["memory_query.weight"].dtype, torch.float32)
 
+    def _answer(self, query: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        if "memory_value.halves" not in self.weights or torch.is_grad_enabled():
+            return query @ A
+        # As in the projections, but both factors have two halves; the product of the low ones is left out.
+        (high, low), (A_high, A_low) = (_two_halves(tensor.flatten(0, 1)) for tensor in (query, A))
+        both = torch.bmm(torch.cat([high, low], dim=1), A_high, out_dtype=torch.float32)
+        rest = torch.bmm(high, A_low, out_dtype=torch.float32)
+        return (both[:, : high.shape[1]] + both[:, high.shape[1] :] + rest).unflatten(0, query.shape[:2])
+
     def _update(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if "memory_value.halves" not in self.weights or torch.is_grad_enabled():
             return k.mT @ v
-        # As in the projections, but both factors have two halves; the product of the low ones is left out.
         (k_high, k_low), (v_high, v_low) = (_two_halves(tensor.flatten(0, 1)) for tensor in (k, v))
         left, right = torch.cat([k_high, k_low, k_high], dim=1), torch.cat([v_high, v_high, v_low], dim=1)
         return torch.bmm(left.mT, right, out_dtype=torch.float32).unflatten(0, k.shape[:2])
