@@ -82,7 +82,7 @@ class CellGroup:
 
     def parts(self, first: int, last: int, captured: bool) -> Iterator[tuple[int, int]]:
         """
-        Cuts a range of the group's layers into calls. Every size is compiled apart, so there are only a few; small ones
+        Cuts a range of the group's layers into calls. Every size is compiled apart, so there are few sizes; small ones
         are nearly as fast per cell.
 
         Args:

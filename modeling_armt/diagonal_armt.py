@@ -178,7 +178,8 @@ class Pipeline:
             self.states[layer] = MemoryState(A, z)
             if self.statistics is not None:
                 for name, value in zip(("gamma_sum", "gamma_count", "min_denominator"), sums, strict=True):
-                    getattr(self.statistics, name)[layer] = value
+                    if name != "min_denominator" or z is not None:
+                        getattr(self.statistics, name)[layer] = value
 
     # What the decoder does before its first layer and after its last one
 

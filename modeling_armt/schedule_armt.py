@@ -51,6 +51,9 @@ def choose_schedule(
         if first is not None and (schedule is not None or _pays(model, depth)):
             try:
                 prepared = prepare(model, len(first.rows))
+                groups, layers = len(prepared.groups.groups), len(prepared.calls)
+                if schedule is None and 2 * groups > layers:
+                    raise CannotStack(f"its {layers} layers are of {groups} kinds, so that too few can be run as one")
                 return steps, prepared._replace(one_by_one=schedule == "sequential")
             except CannotStack as error:
                 reason = f"{model.config.text_config.model_type} cannot be read in the diagonal schedule: {error}."

@@ -37,9 +37,10 @@ def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         and tensor.is_contiguous()
         for number, tensor in enumerate(tensors)
     ):
-        stack = torch.stack([tensor.detach() for tensor in tensors])
-        for tensor, view in zip(tensors, stack, strict=True):
-            tensor.data = view
+        with torch.inference_mode(False), torch.no_grad():  # a parameter must not become an inference tensor
+            stack = torch.stack([tensor.detach() for tensor in tensors])
+            for tensor, view in zip(tensors, stack, strict=True):
+                tensor.data = view
     return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.contiguous().stride()))
 
 
