@@ -9,6 +9,8 @@ makes them move back. Whatever does not fit (a family, a device, a kind of call)
 import operator
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,14 +123,27 @@ class FixedShapes:
 
     def read(self, input_ids: torch.LongTensor, real: list[bool] | None, cache: ARMTCache) -> torch.Tensor | None:
         """One column, see [`decode`]."""
-        step = self.step
-        if step is None:
+        if self.step is None:
             return None
-        if step.device.type == "cuda":  # threads may use streams of their own
-            stream = torch.cuda.current_stream(step.device)
+        with self._on_device():
+            return self._read(input_ids, real, cache)
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Work on the buffers follows what was done on them before, also if threads use streams of their own."""
+        device = self.step.device
+        if device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream()
             if self.stream is not None and stream != self.stream:
                 stream.wait_stream(self.stream)
             self.stream = stream
+            yield
+
+    def _read(self, input_ids: torch.LongTensor, real: list[bool] | None, cache: ARMTCache) -> torch.Tensor | None:
+        step = self.step
         if self.owner() is not cache or cache.lent_to is not self:
             if cache.last_hidden is None:  # nothing but padding so far
                 return None
@@ -176,7 +191,8 @@ class FixedShapes:
         with self.lock:
             owner = self.owner()
             if owner is not None and owner.lent_to is self and cache in (None, owner):
-                owner.receive(self.step.unload(owner.opened, owner.segments))
+                with self._on_device():
+                    owner.receive(self.step.unload(owner.opened, owner.segments))
                 self.owner = lambda: None
 
 

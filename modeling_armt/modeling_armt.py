@@ -383,7 +383,8 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             `loss`, `logits` `(B, T, vocabulary)`, `past_key_values`, `hidden_states`. A padding column holds what its
             row's last real token before it got.
         """
-        if self.fast.enabled and isinstance(past_key_values, ARMTCache) and not kwargs:
+        asked = [name for name, value in kwargs.items() if value is not None and value is not False]
+        if self.fast.enabled and isinstance(past_key_values, ARMTCache) and not asked:
             plain = inputs_embeds is None and labels is None and bptt_segments is None and schedule is None
             states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             if plain and return_logits and not states and type(logits_to_keep) is int and logits_to_keep >= 0:

@@ -13,11 +13,12 @@ import pytest
 import torch
 from families import FAMILIES, PAD, SEGMENT_SIZE, VOCABULARY, add_memory, random_ids, tiny_backbone, tiny_model
 from helpers import cache_contents, difference, pad_left
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt, decode_step_armt, replay_armt
 from modeling_armt.replay_armt import Replay
+from modeling_armt.static_keys_armt import ROWS_OF_SUMS, static_attention
 
 
 STEPS = 3 * SEGMENT_SIZE + 3  # over three borders at least
@@ -442,6 +443,23 @@ def test_adapters_may_be_switched_off_and_on(fast):
     assert difference(results[0], results[1]) > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")  # peft asks by the old name
+def test_a_peft_model_decodes_and_generates_by_steps(slow):
+    torch.manual_seed(0)
+    model = copy.deepcopy(slow)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted, ids = get_peft_model(model, config), random_ids(2, 5)
+    options = {"max_new_tokens": STEPS, "do_sample": False, "eos_token_id": None, "pad_token_id": PAD}
+    expected = adapted.generate(input_ids=ids, **options)
+    model.compile_armt()
+    output = adapted.generate(input_ids=ids, return_dict_in_generate=True, **options)
+    assert output.sequences.tolist() == expected.tolist()
+    cache = output.past_key_values
+    assert is_fast(cache, model)
+    adapted(random_ids(2, 1), past_key_values=cache)
+    assert is_fast(cache, model)
+
+
 def test_weights_that_moved_are_noticed_once(fast):
     cache = read(fast, 5)
     decode(fast, cache, random_ids(1, 2))
@@ -553,14 +571,31 @@ def test_families_that_do_not_fit_are_named_and_go_the_usual_way(name: str, capl
 # Compiled
 
 
-# llama's norms are float32, whatever the model is; compiled they round differently
-@pytest.mark.parametrize(("name", "tolerance"), [("gpt2", 1e-9), ("llama", 1e-5)])
-def test_the_compiled_step_is_the_forward_of_a_token(name: str, tolerance: float, monkeypatch):
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
+@pytest.mark.parametrize("rows", [1, ROWS_OF_SUMS, ROWS_OF_SUMS + 1])
+def test_attention_as_it_is_compiled_is_attention(rows: int, key_heads: int, monkeypatch):
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(rows, heads, n, 8).double() for heads, n in ((6, 1), (key_heads, 16), (key_heads, 16))
+    )
+    mask = torch.zeros(rows, 1, 1, 16).double()
+    mask[..., 11:] = torch.finfo(torch.float64).min
+    repeated = [states.repeat_interleave(6 // key_heads, dim=1) for states in (key, value)]
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, scale=0.3)
+    for compiling in (False, True):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
+        found, _ = static_attention(None, query, key, value, mask, scaling=0.3)
+        assert difference(found, expected.transpose(1, 2)) <= 1e-12
+
+
+# llama has norms and rotary tables in float32, whatever the model is; compiled they round differently
+@pytest.mark.parametrize(("name", "rows", "tolerance"), [("gpt2", 2, 1e-9), ("llama", 6, 1e-5)])
+def test_the_compiled_step_is_the_forward_of_a_token(name: str, rows: int, tolerance: float, monkeypatch):
     monkeypatch.setattr(decode_armt, "COMPILES", True)
     slow, fast = slow_model(name), fast_model(name)
-    cache = read(slow, 2 * SEGMENT_SIZE + 3, 1)
-    ids, other = random_ids(2, STEPS), copy.deepcopy(cache)
-    real = torch.rand(2, STEPS, generator=torch.Generator().manual_seed(0)) > 0.2
+    cache = read(slow, 2 * SEGMENT_SIZE + 3, *range(1, rows))
+    ids, other = random_ids(rows, STEPS), copy.deepcopy(cache)
+    real = torch.rand(rows, STEPS, generator=torch.Generator().manual_seed(0)) > 0.2
     found, expected = decode(fast, other, ids, real), decode(slow, cache, ids, real)
     assert is_fast(other, fast)
     assert fast.fast.decode.step._pass is not None  # compilation did not fail
