@@ -157,7 +157,8 @@ class BufferedCells:
             if key in self.graphs and cells.compiled and self.x[group].device.type == "cuda":
                 self.pool = self.pool or torch.cuda.graph_pool_handle()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=self.pool):
+                # What other threads do on the device meanwhile does not matter.
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                     cells.run_in_place(*arguments)
                 self.graphs[key] = graph
                 graph.replay()

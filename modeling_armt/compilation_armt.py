@@ -22,6 +22,11 @@ class FastPaths:
         self.refused: dict[tuple, str] = {}
         self.decode = None
 
+    @property
+    def cold_start_s(self) -> float:
+        """Seconds that preparation, compilation and capture have taken so far, before anything was fast."""
+        return sum(groups.cold_start_s for groups in self.diagonal) + getattr(self.decode, "prepare_seconds", 0.0)
+
     def __deepcopy__(self, memo) -> "FastPaths":
         return FastPaths(self.enabled)
 
