@@ -54,9 +54,9 @@ SHAPES = {
         "tie_word_embeddings": True,
     },
 }
-# Large enough that the memory matters, small enough that a random model's stays bounded over millions of tokens: value
-# projections relative to 1 / sqrt(D), and a bias with which a write replaces some percent of what a key finds.
-VALUE_SCALE, BETA_BIAS = 0.1, -4.0
+# Value projections relative to 1 / sqrt(D), large enough that the memory matters; and memory tokens that stay diverse
+# through random layers. Keys that are all alike let the memory of a model that was never trained grow without bound.
+VALUE_SCALE, MEMORY_TOKEN_STD = 0.1, 1.0
 
 
 def build_armt(
@@ -77,7 +77,7 @@ def build_armt(
     model = ARMTForCausalLM.from_backbone(backbone, **sizes).eval()
     for memory in model.memory.values():
         nn.init.normal_(memory.memory_value.weight, std=VALUE_SCALE * config.hidden_size**-0.5)
-        nn.init.constant_(memory.memory_beta.bias, BETA_BIAS)
+    nn.init.normal_(model.memory_tokens.weight, std=MEMORY_TOKEN_STD)
     return model
 
 
