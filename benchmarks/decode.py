@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .measuring import ceilings, free, measure, seconds
 from .models import build_armt, bytes_per_step, stock_backbone
+from .prefill import top_kernels
 from .results import DEVICE, DTYPE, Results, make_parser, on_gpu
 
 
@@ -32,6 +33,7 @@ def main(argv: list[str] | None = None) -> Results:
     parser.add_argument("--context", type=int, default=on_gpu(512, 16), help="tokens of the prompt")
     parser.add_argument("--new-tokens", type=int, default=on_gpu(3200, 200), help="for ours, across segment borders")
     parser.add_argument("--short", type=int, default=on_gpu(256, 16), help="tokens for eager code and full attention")
+    parser.add_argument("--profile", action="store_true", help="record the kernels of 32 steps of ours")
     args = parser.parse_args(argv)
 
     model = build_armt(args.shape, DEVICE, DTYPE, args.segment_size, args.num_mem_tokens, args.d_mem, args.seed)
@@ -76,6 +78,10 @@ def main(argv: list[str] | None = None) -> Results:
                 cold = {"cold_start_s": model.fast.cold_start_s - before}
                 add(name, prompt, args.new_tokens, measure(loop(prompt, cache, args.new_tokens), 1, 0), **cold)
                 add(f"{name}-steady", prompt, steady, measure(loop(prompt, cache, steady), 3, 0))
+                if args.profile:
+                    profiles = results.content.setdefault("profile", {})
+                    profiles[f"batch {len(prompt)}"] = top_kernels(loop(prompt, cache, 32))
+                    results.write()
             else:
                 add(name, prompt, steady, measure(loop(prompt, cache, steady), 1, 1))
         if compiled and "ours-generate" not in args.skip:
