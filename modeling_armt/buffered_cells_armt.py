@@ -118,8 +118,8 @@ class BufferedCells:
     def begin(self, layer: int, lanes: list[int], state: LayerState) -> None:
         group, i = self.place[layer]
         for old, new in zip(self.state[group], state, strict=True):
-            if old is not None:
-                old[i, lanes] = new
+            for number, lane in enumerate(lanes if old is not None else ()):
+                old[i, lane].copy_(new[number])
 
     def remembered(self, layer: int, lane: int) -> LayerState:
         group, i = self.place[layer]
