@@ -190,7 +190,7 @@ class AssociativeMemory(nn.Module):
         """query . z + eps `(B, P)` for `(B, P, K)` queries."""
         if not self.use_denom:
             return None
-        return (query * state.z[..., None, :]).sum(-1) + self.denom_eps
+        return self._answer(query, state.z[..., None]).squeeze(-1) + self.denom_eps
 
     def _recall(self, query: torch.Tensor, state: MemoryState) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(query A) / (query . z + eps) for `(B, P, K)` queries, and the `(B, P)` denominators."""

@@ -98,6 +98,8 @@ class StackedMemory:
         self.state_dtype = torch.promote_types(weights["memory_query.weight"].dtype, torch.float32)
 
     def _answer(self, query: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        if A.shape[-1] == 1:
+            return (query * A.mT).sum(-1, keepdim=True)
         if "memory_value.halves" not in self.weights or torch.is_grad_enabled():
             return query @ A
         # As in the projections, but both factors have two halves; the product of the low ones is left out.

@@ -76,9 +76,9 @@ class TestEveryFamily:
         model = deep_model(name)
         tolerance = FAMILIES[name].tolerance * (10 if FAMILIES[name].dtype == torch.float32 else 1)
         compare(model, tolerance, random_ids(2, LENGTH))
-        groups = model.fast.diagonal[0].groups
+        sizes = [len(group.indices) for group in model.fast.diagonal[0].groups]
         # Every layer of diffllama has a constant of its own.
-        assert all(len(group.indices) == (1 if name == "diffllama" else 2) for group in groups) or len(groups) <= 2
+        assert max(sizes) > 1 or name == "diffllama"
 
     @pytest.mark.parametrize(("name", "reason"), NOT_GROUPED.items())
     @torch.no_grad()

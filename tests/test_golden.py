@@ -20,8 +20,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from modeling_armt import ARMTCache, ARMTForCausalLM
 from modeling_armt.conversion.importing import import_checkpoint
+from modeling_armt.reading_armt import run_steps
 from modeling_armt.segmentation_armt import RealTokens, Step
-from modeling_armt.sequential_armt import run_steps
 
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
