@@ -114,7 +114,7 @@ def run_steps(
         work.states, work.segments = states, segments
         work.tokens = [a + b for a, b in zip(work.tokens or [0] * tokens.batch_size, tokens.counts, strict=True)]
         work.columns = cache.columns + tokens.num_columns
-        cache.__dict__.update(work.__dict__)
+        cache.become(work)
 
 
 def _stretch(steps: list[Step], number: int, bptt_segments: int | None, grad_from: int) -> list[Step]:
