@@ -82,6 +82,7 @@ class Pipeline:
         self.ends = [[w for w in lanes if b[w] != a[w] >= 0] for a, b in zip(rows, after, strict=True)]
         self.rows = rows
         self.ended: dict[int, dict[int, LayerState]] = {layer: {} for layer in states}
+        self.waiting = dict.fromkeys(states, len(segments))  # rows that have not begun
 
     def run(self) -> Iterator[tuple[Step, tuple[torch.Tensor, ...]]]:
         """Yields each step with its outputs, `(last hidden state,)`, which is empty if nobody wants it."""
@@ -128,6 +129,9 @@ class Pipeline:
             if self.begins[step]:
                 rows = [self.rows[step][w] for w in self.begins[step]]
                 cells.begin(layer, self.begins[step], self._initial(layer, rows))
+                self.waiting[layer] -= len(rows)
+                if not self.waiting[layer]:
+                    self.states[layer] = None  # it lives in the cells now
         new_rows, writes = [self._never_written(step) for step in steps], [self._writes(step) for step in steps]
         cells.run(group, first, last, new_rows, writes)
         for layer, step in zip(layers, steps, strict=True):

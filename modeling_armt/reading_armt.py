@@ -62,6 +62,8 @@ def run_steps(
         if work.batch_size == 1 < tokens.batch_size:  # one memory, many questions
             work.batch_repeat_interleave(tokens.batch_size)
         states |= work.states
+        if cache.expendable:
+            cache.states, work.states = {}, {}
         segments = work.segments or segments
     statistics = None if work is None or model.training else work.statistics
     number = 0
@@ -98,7 +100,7 @@ def run_steps(
             pipeline = Pipeline(
                 model, source, tokens, prepared, stretch, states, segments, statistics, work is not None, wants
             )
-            run = pipeline.run()
+            run, states = pipeline.run(), {}
             for _ in stretch:
                 with torch.set_grad_enabled(gradients):
                     item = next(run)

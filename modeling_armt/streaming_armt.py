@@ -32,7 +32,7 @@ def read_stream(
     size = block_segments * model.config.segment_size
     embedding = model.get_input_embeddings()
     work = cache.fork()
-    work.columns = cache.columns
+    work.columns, work.expendable = cache.columns, True
     output, start = None, 0
     # The first block fills the open segment up, so that no block ends inside one.
     for ids in token_blocks(tokens, size - max(cache.opened, default=0), size):
@@ -46,6 +46,7 @@ def read_stream(
             progress(ids.shape[1])
     if output is None:
         raise ValueError("the input is empty: a text needs at least one token to be read.")
+    work.expendable = False
     cache.become(work)
     output.past_key_values = cache
     return output

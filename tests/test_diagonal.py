@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from modeling_armt import ARMTCache, ARMTForCausalLM
 from modeling_armt import groups_armt as groups_module
 from modeling_armt import schedule_armt as schedule_module
+from modeling_armt.diagonal_armt import Pipeline
 from modeling_armt.segmentation_armt import plan_pipeline
 from modeling_armt.stacking_armt import stacked
 
@@ -418,6 +420,34 @@ class TestChoice:
         body = ARMTModel.from_backbone(tiny_backbone(deep("llama")), **model.config.memory_fields).double()
         plain, fast = (body(ids, schedule=s).last_hidden_state for s in ("sequential", "diagonal"))
         assert difference(fast, plain) <= 1e-9
+
+
+class TestMemory:
+    @torch.no_grad()
+    def test_a_stream_does_not_hold_what_it_has_replaced(self, monkeypatch):
+        model, replaced, alive = deep_model(), [], []
+        collect = Pipeline._collect
+
+        def watch(self):
+            alive.append([state() is not None for state in replaced])
+            collect(self)
+            replaced[:] = [weakref.ref(state.A) for state in self.states.values()]
+
+        monkeypatch.setattr(Pipeline, "_collect", watch)
+        ids = random_ids(1, 8 * SEGMENT_SIZE + 3)
+        output = model.read(ids, block_segments=2, schedule="diagonal")
+        assert alive == [[], [False] * 4, [False] * 4, [False] * 4]
+        assert difference(output.logits, model(ids, schedule="sequential").logits[:, -1:]) <= 1e-9
+
+    @torch.no_grad()
+    def test_a_stream_that_fails_leaves_the_cache_alone(self):
+        model, cache = deep_model(), ARMTCache()
+        model.read(random_ids(1, LENGTH), past_key_values=cache, schedule="diagonal")
+        before = cache_contents(cache)
+        bad = torch.cat([random_ids(1, 6 * SEGMENT_SIZE), torch.full((1, 5), 10_000)], dim=1)
+        with pytest.raises(ValueError, match="10000"):
+            model.read(bad, past_key_values=cache, block_segments=2, schedule="diagonal")
+        assert same(cache_contents(cache), before)
 
 
 class TestThreads:
