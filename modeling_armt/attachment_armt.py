@@ -162,7 +162,7 @@ def _write_after(layer: int, module: nn.Module, args: tuple, output) -> None:
         current.write(layer, output[0] if isinstance(output, tuple) else output)
 
 
-_HOOKS = (_read_before, _write_after)
+MEMORY_HOOKS = (_read_before, _write_after)
 
 
 def find_decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
@@ -200,7 +200,7 @@ def attach_memories(decoder: nn.Module, num_layers: int, memory_layers: Iterable
     layers = find_decoder_layers(decoder, num_layers)
     for layer in layers:
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for handle in [key for key, hook in hooks.items() if getattr(hook, "func", None) in _HOOKS]:
+            for handle in [key for key, hook in hooks.items() if getattr(hook, "func", None) in MEMORY_HOOKS]:
                 del hooks[handle]
     for index in memory_layers:
         layers[index].register_forward_pre_hook(functools.partial(_read_before, index), with_kwargs=True)

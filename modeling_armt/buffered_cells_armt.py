@@ -1,11 +1,14 @@
 """The fast way to keep what moves along a diagonal: in buffers that stay in place, so that graphs can be captured."""
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from .cells_armt import GroupInputs, LayerState
+from .cells_armt import CELLS_LOCK, GroupInputs, LayerState
 from .groups_armt import LayerGroups
+from .replay_armt import Replay
 
 
 if TYPE_CHECKING:
@@ -39,38 +42,35 @@ class BufferedCells:
         lanes: int,
         collect: bool,
     ):
-        self.model, self.groups = model, groups
+        self.model, self.groups, self.lanes = model, groups, lanes
+        self.key = _key(model, lanes, collect)
         # What is not a weight is given anew with every call, and copied to where it was.
         self.inputs = [
-            of_group._replace(
-                **{name: {k: t.clone() for k, t in getattr(of_group, name).items()} for name in ("shared", "own")}
-            )
+            of_group._replace(**{name: _copies(getattr(of_group, name)) for name in ("shared", "own")})
             for of_group in inputs
         ]
-        config, device = model.config, model.device
-        self.key = (lanes, config.segment_size, config.num_mem_tokens, collect, model.dtype, device)
+        config, self.device = model.config, model.device
         positions = config.segment_size + config.num_mem_tokens
         self.place = {layer: (n, i) for n, group in enumerate(groups.groups) for i, layer in enumerate(group.indices)}
         self.x, self.y, self.state, self.flags, self.flags_now = [], [], [], [], []
         for group in groups.groups:
             size = len(group.indices)
             shape = (size, lanes, positions, config.text_config.hidden_size)
-            self.x.append(torch.zeros(shape, dtype=model.dtype, device=device))
-            self.y.append(torch.zeros(shape, dtype=model.dtype, device=device))
+            self.x.append(torch.zeros(shape, dtype=model.dtype, device=self.device))
+            self.y.append(torch.zeros(shape, dtype=model.dtype, device=self.device))
             state = None
             if group.like is not None:
-                memory = group.like
-                state = memory.zero_state(lanes, device)
+                state = group.like.zero_state(lanes, self.device)
                 sums = [state.A.new_zeros(lanes) for _ in range(3)] if collect else ()
-                state = LayerState(*state, *sums).map(
-                    lambda tensor, size=size: tensor.expand(size, *tensor.shape).clone()
-                )
+                state = LayerState(*state, *sums).map(lambda t, size=size: t.expand(size, *t.shape).clone())
             self.state.append(state)
-            self.flags.append(torch.tensor([False, True], device=device)[:, None, None].repeat(1, size, lanes))
+            # Of every cell: whether its row is new to the memory, and whether it writes.
+            self.flags.append(torch.tensor([False, True], device=self.device)[:, None, None].repeat(1, size, lanes))
             self.flags_now.append([[[usual] * lanes for _ in range(size)] for usual in (False, True)])
-        self.graphs: dict[tuple, torch.cuda.CUDAGraph | None] = {}
-        self.pool = None
+        self.calls: dict[tuple[int, int, int], Replay] = {}
         self.moves: dict[tuple[int, int], tuple[list, list]] = {}
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        self.stream = None
 
     @classmethod
     def take(
@@ -80,36 +80,39 @@ class BufferedCells:
         with model.fast.lock:
             idle = groups.idle.pop() if groups.idle else None
         with torch.inference_mode(False), torch.no_grad():
-            if idle is not None:
-                config = model.config
-                key = (lanes, config.segment_size, config.num_mem_tokens, collect, model.dtype, model.device)
-                if idle.key == key and idle._takes_over(inputs):
-                    return idle
-                del idle
+            if idle is not None and idle.key == _key(model, lanes, collect):
+                with idle._on_device():
+                    if idle.stream is not None:  # another thread's
+                        torch.cuda.current_stream().wait_stream(idle.stream)
+                    if idle._takes_over(inputs):
+                        return idle
+            del idle
             return cls(model, groups, inputs, lanes, collect)
 
     def _takes_over(self, inputs: list[GroupInputs]) -> bool:
         """Brings what was computed from the weights up to date, unless the weights themselves have moved."""
-        for old, new in zip(self.inputs, inputs, strict=True):
-            if [t.data_ptr() for t in old.weights.values()] != [t.data_ptr() for t in new.weights.values()]:
+        pairs = [pair for both in zip(self.inputs, inputs, strict=True) for pair in _pairs(*both)]
+        for name, old, new in pairs:
+            if old.shape != new.shape or old.dtype != new.dtype:
                 return False
-            pairs = [*zip(old.tensors(), new.tensors(), strict=True)]
-            if any(a.shape != b.shape or a.dtype != b.dtype for a, b in pairs):
+            if name in ("weights", "memory") and old.data_ptr() != new.data_ptr():
                 return False
-            for name in old.memory or ():
-                if not name.endswith("halves") and old.memory[name].data_ptr() != new.memory[name].data_ptr():
-                    return False
-        for old, new in zip(self.inputs, inputs, strict=True):
-            for a, b in zip(old.tensors(), new.tensors(), strict=True):
-                if a.data_ptr() != b.data_ptr():
-                    a.copy_(b)
+        for name, old, new in pairs:
+            if name not in ("weights", "memory"):
+                old.copy_(new)
         return True
 
     def give_back(self) -> None:
         """Leaves the buffers to the next call."""
         if self.model.fast.enabled:
+            if self.device.type == "cuda":
+                with self._on_device():
+                    self.stream = torch.cuda.current_stream()
             with self.model.fast.lock:
                 self.groups.idle[:] = [self]
+
+    def _on_device(self) -> AbstractContextManager:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def enter(self, x: torch.Tensor) -> None:
         group, i = self.place[0]
@@ -125,53 +128,49 @@ class BufferedCells:
         group, i = self.place[layer]
         return self.state[group].map(lambda tensor: tensor[i, lane].clone())
 
-    def run(self, group: int, first: int, last: int, new_rows: list | None, writes: list | None) -> None:
+    def run(self, group: int, first: int, last: int, new_rows: list[list[bool]], writes: list[list[bool]]) -> None:
         cells, key = self.groups.groups[group], (group, first, last)
-        if new_rows is not None:
+        if cells.like is not None:
             self._set_flags(group, first, last, new_rows, writes)
-        graph = self.graphs.get(key)
-        if graph is not None:
-            graph.replay()
-            return
-        part = slice(first, last)
+        with self._on_device():
+            if cells.compiled:
+                if key not in self.calls:
+                    call = partial(cells.run_in_place, *self._arguments(group, first, last, flagged=True))
+                    self.calls[key] = Replay(call, self.device.type == "cuda", self.pool)
+                with CELLS_LOCK, self.groups.compiling((group, last - first, self.key)):
+                    self.calls[key]()
+            else:
+                flagged = self.flags_now[group] != self._usual(group)
+                with CELLS_LOCK:
+                    cells.run_in_place(*self._arguments(group, first, last, flagged))
+
+    def _arguments(self, group: int, first: int, last: int, flagged: bool) -> tuple:
+        """What layers `first` to `last - 1` of a group are called with."""
+        part, state = slice(first, last), self.state[group]
         inputs = self.inputs[group].part(first, last)
-        has_memory = inputs.memory is not None
-        usual = [None, None]
-        if has_memory and (
-            cells.compiled
-            or any(self.flags_now[group][n][i] != [bool(n)] * self.key[0] for n in (0, 1) for i in range(first, last))
-        ):
-            usual = [self.flags[group][0, part], self.flags[group][1, part]]
-        arguments = (
+        flags = self.flags[group][:, part] if flagged and state is not None else (None, None)
+        return (
             inputs.weights,
             inputs.memory,
-            self.state[group].map(lambda tensor: tensor[part]) if has_memory else None,
+            None if state is None else state.map(lambda tensor: tensor[part]),
             self.x[group][part],
             self.y[group][part],
             inputs.shared,
             inputs.own,
             self.model.config.num_mem_tokens,
-            *usual,
+            flags[0],
+            flags[1],
         )
-        with self.model.fast.lock:
-            if key in self.graphs and cells.compiled and self.x[group].device.type == "cuda":
-                self.pool = self.pool or torch.cuda.graph_pool_handle()
-                graph = torch.cuda.CUDAGraph()
-                # What other threads do on the device meanwhile does not matter.
-                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                    cells.run_in_place(*arguments)
-                self.graphs[key] = graph
-                graph.replay()
-            else:
-                with self.groups.compiling((group, last - first, self.key)):
-                    cells.run_in_place(*arguments)
-                self.graphs[key] = None  # the next time it will have been compiled
+
+    def _usual(self, group: int) -> list:
+        size = len(self.groups.groups[group].indices)
+        return [[[usual] * self.lanes] * size for usual in (False, True)]
 
     def _set_flags(self, group: int, first: int, last: int, new_rows: list, writes: list) -> None:
         for n, flags in enumerate((new_rows, writes)):
             if self.flags_now[group][n][first:last] != flags:
                 self.flags_now[group][n][first:last] = flags
-                self.flags[group][n, first:last] = torch.tensor(flags, device=self.flags[group].device)
+                self.flags[group][n, first:last] = torch.tensor(flags, device=self.device)
 
     def leaving(self) -> torch.Tensor:
         group, i = self.place[len(self.place) - 1]
@@ -197,3 +196,24 @@ class BufferedCells:
                 runs.append([group, other, i, j, 1])
         sources = [self.y[group][i : i + n] for group, _, i, _, n in runs]
         return sources, [self.x[other][j : j + n] for _, other, _, j, n in runs]
+
+
+def _key(model: "ARMTPreTrainedModel", lanes: int, collect: bool) -> tuple:
+    config = model.config
+    return lanes, config.segment_size, config.num_mem_tokens, collect, model.dtype, model.device
+
+
+def _copies(tensors: dict) -> dict:
+    return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def _pairs(old: GroupInputs, new: GroupInputs) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Tensors of two inputs, with the field they are in; the halves of memory weights are a field of their own."""
+    pairs = []
+    for field in GroupInputs._fields:
+        before, now = getattr(old, field) or {}, getattr(new, field) or {}
+        if before.keys() != now.keys():
+            return [("weights", torch.empty(0), torch.empty(1))]
+        for key, tensor in before.items():
+            pairs.append(("halves" if str(key).endswith(".halves") else field, tensor, now[key]))
+    return pairs

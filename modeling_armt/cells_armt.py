@@ -1,5 +1,6 @@
 """The cells (segment, layer) of equal layers: read, layer, write, for all of them in one call."""
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,6 +14,9 @@ from .native_armt import NativeCall
 from .stacked_memory_armt import StackedMemory, memory_weights
 from .stacking_armt import LayerGroup
 
+
+# Held while cells are called, since the choice of attention kernels is one for the whole process.
+CELLS_LOCK = threading.RLock()
 
 Tensors = dict[int, torch.Tensor]
 
@@ -48,9 +52,6 @@ class GroupInputs(NamedTuple):
             for tensors in (self.weights, self.memory, self.own)
         )
         return GroupInputs(weights, memory, self.shared, own)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [tensor for tensors in self if tensors for tensor in tensors.values()]
 
 
 class CellGroup:
@@ -115,7 +116,6 @@ class CellGroup:
             calls: how the decoder calls all of them.
         """
         layers = [layers[i] for i in self.indices]
-        self.layers.train_as(layers[0])
         memory = None
         if self.like is not None:
             halves = model.dtype == torch.bfloat16 and model.device.type == "cuda"

@@ -89,9 +89,11 @@ class Pipeline:
         model, steps, groups = self.model, self.steps, self.groups
         num_layers, length = len(self.calls), len(steps)
         layers = find_decoder_layers(model.decoder, num_layers)
-        inputs = [group.inputs(model, layers, self.calls) for group in groups.groups]
+        gradients = torch.is_grad_enabled()
+        with model.fast.lock, torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            inputs = [group.inputs(model, layers, self.calls) for group in groups.groups]
         entering = self._entering()
-        if torch.is_grad_enabled():
+        if gradients:
             cells = FunctionalCells(model, groups, inputs)
         else:
             cells = BufferedCells.take(model, groups, inputs, self.lanes, self.statistics is not None)
@@ -119,7 +121,9 @@ class Pipeline:
             for number in range(length + num_layers - 1):
                 yield number, max(0, number - length + 1), min(num_layers - 1, number)
 
-    def _run_cells(self, cells, group: int, layers: list[int], first: int, last: int, number: int) -> None:
+    def _run_cells(
+        self, cells: FunctionalCells | BufferedCells, group: int, layers: list[int], first: int, last: int, number: int
+    ) -> None:
         """Cells of one group on diagonal `number`, with what happens before and after to the rows in them."""
         if layers[0] not in self.states:
             cells.run(group, first, last, None, None)
@@ -211,15 +215,8 @@ class Pipeline:
         hidden = hidden[: len(step.rows)]
         wanted = self.wants(step)
         if wanted:
-            hidden = self._after_layers(hidden)
+            hidden = self.groups.after_layers(self.model, hidden)
         for w in self.ends[number] if self.cached else ():
             last = hidden[w : w + 1, step.taken[w] - 1 : step.taken[w]]
-            self.last_hidden[step.rows[w]] = (last if wanted else self._after_layers(last))[0, 0]
+            self.last_hidden[step.rows[w]] = (last if wanted else self.groups.after_layers(self.model, last))[0, 0]
         return (hidden if wanted else hidden[:, :0],)
-
-    def _after_layers(self, hidden: torch.Tensor) -> torch.Tensor:
-        answers = self.groups.answers()
-        last = answers[-1]
-        answers[-1] = lambda x: last(hidden)
-        embeds = hidden.new_zeros(*hidden.shape[:2], self.model.memory_tokens.embedding_dim)
-        return native_pass(self.model, embeds, answers)[1]

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cells_armt import GroupInputs, LayerState
+from .cells_armt import CELLS_LOCK, GroupInputs, LayerState
 from .groups_armt import LayerGroups
 
 
@@ -57,12 +57,12 @@ class FunctionalCells:
         state, i = self.state[layer]
         return state.map(lambda tensor: tensor[i, lane])
 
-    def run(self, group: int, first: int, last: int, new_rows: list | None, writes: list | None) -> None:
+    def run(self, group: int, first: int, last: int, new_rows: list[list[bool]], writes: list[list[bool]]) -> None:
         """
         Runs layers `first` to `last - 1` of a group.
 
         Args:
-            new_rows: `(layers, W)` nested lists of bool, the cells whose row has never written.
+            new_rows: `(layers, W)`, the cells whose row has never written. Layers without memory do not look.
             writes: the cells that write.
         """
         cells = self.groups.groups[group]
@@ -83,7 +83,7 @@ class FunctionalCells:
             new_rows,
             writes,
         )
-        with self.groups.compiling((group, last - first, arguments[3].shape)), self.model.fast.lock:
+        with CELLS_LOCK, self.groups.compiling((group, last - first, arguments[3].shape)):
             y, state = self.model.checkpointed(cells.run, *arguments)
         for i, layer in enumerate(layers):
             self.y[layer] = (y, i)

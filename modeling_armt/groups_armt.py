@@ -4,12 +4,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from .attachment_armt import find_decoder_layers
-from .cells_armt import CellGroup
+from .cells_armt import CELLS_LOCK, CellGroup
 from .native_armt import NativeCall, native_pass
 from .stacking_armt import CannotStack, kind
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # From so many positions on a diagonal gains nothing by more rows.
 FULL_DIAGONAL = 16 * 1024
+# Groups that are kept for when they are needed again: training and evaluation, with and without an adapter, ...
+MOST_KEPT = 7
 
 
 class LayerGroups:
@@ -36,6 +38,7 @@ class LayerGroups:
 
     def __init__(self, model: "ARMTPreTrainedModel", calls: list[NativeCall], kinds: list[tuple]):
         self.kinds = kinds
+        # By layer, the length of the tuple that it returns, 0 for a tensor.
         self.tuple_sizes = [len(call.output) if isinstance(call.output, tuple) else 0 for call in calls]
         self.cold_start_s = 0.0
         self.warm: set[tuple] = set()  # shapes that are compiled
@@ -65,25 +68,45 @@ class LayerGroups:
         self.warm.add(shape)
 
     @torch.no_grad()
-    def check(self, model: "ARMTPreTrainedModel", calls: list[NativeCall]) -> None:
-        """Compares with the layers one by one. Raises CannotStack if a group does not do what its layers do."""
+    def check(self, model: "ARMTPreTrainedModel", embeds: torch.Tensor, calls: list[NativeCall], last: torch.Tensor):
+        """
+        Compares with the decoder's own pass, without dropout.
+
+        Args:
+            embeds: `(W, P, D)`, what the decoder was given.
+            calls: its calls of the layers.
+            last: its last hidden state.
+
+        Raises:
+            CannotStack: if a group does not do what its layers do, or if the decoder does more than run one layer
+                after the other.
+        """
         layers = find_decoder_layers(model.decoder, len(calls))
+        outputs = [call.output[0] if isinstance(call.output, tuple) else call.output for call in calls]
         for group in self.groups:
-            of_group = [calls[i] for i in group.indices]
-            try:
-                inputs = group.inputs(model, layers, calls)
-                x = torch.stack([call.x for call in of_group])
+            inputs = group.inputs(model, layers, calls)
+            x = torch.stack([calls[i].x for i in group.indices])
+            with CELLS_LOCK, group.layers.evaluating():
                 together = group.run_layers(inputs.weights, x, inputs.shared, inputs.own)
-            except CannotStack:
-                raise
-            except Exception as error:  # whatever an operation raises that cannot be batched
-                reason = str(error).strip().split("\n")[0]
-                raise CannotStack(f"its layers cannot be run as one ({type(error).__name__}: {reason})") from error
-            for call, y in zip(of_group, together, strict=True):
-                alone = call.output[0] if isinstance(call.output, tuple) else call.output
-                error = (y - alone).float().norm() / alone.float().norm().clamp(min=1e-30)
-                if not error < (1e-3 if y.dtype in (torch.float32, torch.float64) else 5e-2):
+            for i, y in zip(group.indices, together, strict=True):
+                if not _close(y, outputs[i]):
                     raise CannotStack(f"layers {group.indices} do not compute the same when run as one")
+        others, _ = native_pass(model, 1.5 * embeds.flip(1), self.answers())
+        for call, other in zip(calls, others, strict=True):
+            if not all(map(_same, call.leaves, other.leaves)):
+                raise CannotStack("its layers are called with something that depends on the text")
+        if not all(torch.equal(call.x, output) for call, output in zip(calls[1:], outputs, strict=False)):
+            raise CannotStack("its decoder does something between its layers")
+        if not model.training and not _close(self.after_layers(model, outputs[-1]), last):
+            raise CannotStack("what its decoder does after its layers depends on more than the last one")
+
+    def after_layers(self, model: "ARMTPreTrainedModel", hidden: torch.Tensor) -> torch.Tensor:
+        """What the decoder makes of the `(B, P, D)` output of its last layer."""
+        answers = self.answers()
+        last = answers[-1]
+        answers[-1] = lambda x: last(hidden)
+        embeds = hidden.new_zeros(*hidden.shape[:2], model.memory_tokens.embedding_dim)
+        return native_pass(model, embeds, answers)[1]
 
     def answers(self) -> list[Callable]:
         """What stands in for each layer and returns its input, in the form that the decoder expects."""
@@ -92,6 +115,17 @@ class LayerGroups:
 
 def _as_output(tuple_size: int, x: torch.Tensor):
     return (x, *[None] * (tuple_size - 1)) if tuple_size else x
+
+
+def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    error = (a - b).float().norm() / b.float().norm().clamp(min=1e-30)
+    return bool(error < (1e-3 if b.dtype in (torch.float32, torch.float64) else 5e-2))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return type(a) is type(b) and a == b
 
 
 class Prepared(NamedTuple):
@@ -123,8 +157,10 @@ def prepare(model: "ARMTPreTrainedModel", lanes: int) -> Prepared:
     layers = find_decoder_layers(model.decoder, config.text_config.num_hidden_layers)
     if len({parameter.device for parameter in model.parameters()}) > 1:
         raise CannotStack("it is spread over several devices")
-    attention = config.text_config._attn_implementation
-    kinds = [(kind(layer), str(i) in model.memory, attention) for i, layer in enumerate(layers)]
+    autocast = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
+    around = (config.text_config._attn_implementation, autocast)
+    memory_kinds = {int(index): kind(memory) for index, memory in model.memory.items()}
+    kinds = [(kind(layer), memory_kinds.get(index), around) for index, layer in enumerate(layers)]
     generator = torch.Generator(model.device).manual_seed(0)
     shape = (lanes, config.segment_size + config.num_mem_tokens, model.memory_tokens.embedding_dim)
     embeds = 0.02 * torch.randn(shape, generator=generator, device=model.device, dtype=model.dtype)
@@ -134,24 +170,45 @@ def prepare(model: "ARMTPreTrainedModel", lanes: int) -> Prepared:
         known = [entry for entry in fast.diagonal if [of_layer[:3] for of_layer in entry.kinds] == kinds]
         if known:
             calls, _ = native_pass(model, embeds, known[0].answers())
-            kinds_now = [(*of_layer, *_describe_call(call)) for of_layer, call in zip(kinds, calls, strict=True)]
+            kinds_now = _kinds_of_calls(kinds, calls)
             for entry in known:
                 if entry.kinds == kinds_now:
+                    _keep(fast.diagonal, entry)
                     return Prepared(entry, calls)
         try:
-            calls, _ = native_pass(model, embeds)
-            kinds_now = [(*of_layer, *_describe_call(call)) for of_layer, call in zip(kinds, calls, strict=True)]
-            groups = LayerGroups(model, calls, kinds_now)
-            groups.check(model, calls)
-        except CannotStack as error:
-            fast.refused[tuple(kinds)] = str(error)
-            raise
+            calls, last = native_pass(model, embeds)
+            groups = LayerGroups(model, calls, _kinds_of_calls(kinds, calls))
+            groups.check(model, embeds, calls, last)
+        except Exception as error:  # whatever an operation raises that cannot be batched
+            reason = str(error).strip().split("\n")[0]
+            if not isinstance(error, CannotStack):
+                reason = f"its layers cannot be run as one ({type(error).__name__}: {reason})"
+            fast.refused = {**dict(list(fast.refused.items())[-MOST_KEPT:]), tuple(kinds): reason}
+            raise CannotStack(reason) from error
         calls = [call._replace(x=None, output=None) for call in calls]
         groups.cold_start_s += time.perf_counter() - started
-        fast.diagonal.append(groups)
+        _keep(fast.diagonal, groups)
     return Prepared(groups, calls)
 
 
+def _keep(entries: list[LayerGroups], newest: LayerGroups) -> None:
+    """Only the newest groups are kept, and only the last of them keeps buffers."""
+    entries[:] = [entry for entry in entries if entry is not newest][-MOST_KEPT:] + [newest]
+    for entry in entries[:-1]:
+        entry.idle.clear()
+
+
+def _kinds_of_calls(kinds: list[tuple], calls: list[NativeCall]) -> list[tuple]:
+    return [(*of_layer, *_describe_call(call)) for of_layer, call in zip(kinds, calls, strict=True)]
+
+
 def _describe_call(call: NativeCall) -> tuple:
-    leaves = ((leaf.dim(), leaf.dtype) if isinstance(leaf, torch.Tensor) else repr(leaf) for leaf in call.leaves)
+    leaves = []
+    for leaf in call.leaves:
+        if isinstance(leaf, torch.Tensor):
+            leaves.append((leaf.dim(), leaf.dtype))
+        elif isinstance(leaf, (bool, int, float, str, type(None), torch.dtype)):
+            leaves.append(leaf)
+        else:
+            raise CannotStack(f"its layers are called with a {type(leaf).__name__}")
     return str(call.structure), *leaves

@@ -31,6 +31,7 @@ from .memory_file_armt import load_memory, save_memory
 from .reading_armt import run_steps
 from .schedule_armt import choose_schedule
 from .segmentation_armt import OutputColumns, RealTokens, Step
+from .stacking_armt import separate_storages
 from .streaming_armt import read_stream
 from .truncation_armt import truncated_loss
 
@@ -74,6 +75,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         self.memory_tokens = nn.Embedding(config.num_mem_tokens, self.get_input_embeddings().embedding_dim)
         self.gradient_checkpointing = False
         self.fast = FastPaths()
+        self.register_state_dict_post_hook(separate_storages)
         self._attach()
         self.post_init()
 
@@ -199,6 +201,11 @@ class ARMTPreTrainedModel(PreTrainedModel):
         self.fast = FastPaths(enabled)
         return self
 
+    def _apply(self, *args, **kwargs):
+        for groups in self.fast.diagonal:  # weights may move; buffers would hold on to them
+            groups.idle.clear()
+        return super()._apply(*args, **kwargs)
+
     # Gradient checkpointing: per segment, not per layer
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, **kwargs):
@@ -242,7 +249,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         if cache is not None and cache.opened:
             opened = cache.opened * (tokens.batch_size // cache.batch_size)
         steps, prepared = choose_schedule(
-            self, tokens.counts, opened, cache is not None, schedule, output_hidden_states
+            self, tokens.counts, opened, cache is not None, schedule, output_hidden_states, bptt_segments
         )
         run = partial(run_steps, self, source, tokens, steps, cache, bptt_segments, output_hidden_states, prepared)
         return tokens, steps, run

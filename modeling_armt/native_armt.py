@@ -53,6 +53,14 @@ def _shallow(module: nn.Module) -> nn.Module:
     return new
 
 
+def evaluating(module: nn.Module) -> nn.Module:
+    """A copy of a module in evaluation mode, on the same weights; the module itself is not touched."""
+    new = _shallow(module)
+    new._modules = {name: None if child is None else evaluating(child) for name, child in module._modules.items()}
+    new.training = False
+    return new
+
+
 class NativeCall(NamedTuple):
     """How a decoder called one of its layers."""
 
@@ -63,15 +71,15 @@ class NativeCall(NamedTuple):
 
 
 class _Recorder(StandIn):
-    """Records how its layer is called, and answers in the layer's place unless it is to run it."""
+    """Records how its layer is called, and answers in the layer's place or runs it."""
 
-    def __init__(self, layer: nn.Module, calls: list[NativeCall], run: bool, answer: Callable):
+    def __init__(self, layer: nn.Module, calls: list[NativeCall], answer: Callable | None):
         super().__init__(layer)
-        self.__dict__.update(calls=calls, run=run, answer=answer)
+        self.__dict__.update(calls=calls, answer=answer)
 
     def forward(self, *args, **kwargs):
         x, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), args)
-        output = self.layer(x, *args, **kwargs) if self.run else self.answer(x)
+        output = self.layer(x, *args, **kwargs) if self.answer is None else self.answer(x)
         leaves, structure = tree_flatten((args, kwargs))
         self.calls.append(NativeCall(x, leaves, structure, output))
         return output
@@ -84,7 +92,7 @@ def native_pass(
     Runs the decoder's own forward on `(B, P, D)` embeddings, without memories.
 
     Args:
-        answers: what each layer is replaced by; None runs the layers.
+        answers: what each layer is replaced by; None runs the layers, without dropout.
 
     Returns:
         The calls of all layers, and the last hidden state.
@@ -95,10 +103,10 @@ def native_pass(
     num_layers = model.config.text_config.num_hidden_layers
     calls: list[NativeCall] = []
     layers = find_decoder_layers(model.decoder, num_layers)
-    recorders = [
-        _Recorder(layer, calls, answers is None, None if answers is None else answers[number])
-        for number, layer in enumerate(layers)
-    ]
+    if answers is None:
+        recorders = [_Recorder(evaluating(layer), calls, None) for layer in layers]
+    else:
+        recorders = [_Recorder(layer, calls, answer) for layer, answer in zip(layers, answers, strict=True)]
     decoder = with_layers(model.decoder, num_layers, recorders)
     output = type(decoder).forward(decoder, inputs_embeds=embeds, use_cache=False, return_dict=True)
     if len(calls) != num_layers:

@@ -18,13 +18,14 @@ class Replay:
     Args:
         function: the function; run without gradients.
         captures: False to call it every time.
+        pool: of memory, shared by graphs that are never replayed at the same time; None for one of its own.
 
     Attributes:
         seconds: what compilation and capture took: the time of the calls that were not replayed.
     """
 
-    def __init__(self, function: Callable[[], None], captures: bool):
-        self.function, self.captures = function, captures
+    def __init__(self, function: Callable[[], None], captures: bool, pool=None):
+        self.function, self.captures, self.pool = function, captures, pool
         self.called, self.graph, self.seconds = False, None, 0.0
 
     def __call__(self) -> None:
@@ -47,10 +48,10 @@ class Replay:
         try:
             graph = torch.cuda.CUDAGraph()
             # What other threads do on the device meanwhile does not matter.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.function()
         except Exception as error:
             self.captures = False
-            logger.warning(f"a decode step cannot be captured as a CUDA graph ({error}); it runs without.")
+            logger.warning(f"a call cannot be captured as a CUDA graph ({error}); it runs without.")
         else:
             self.graph = graph

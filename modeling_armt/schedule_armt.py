@@ -22,6 +22,7 @@ def choose_schedule(
     cached: bool,
     schedule: str | None,
     output_hidden_states: bool,
+    bptt_segments: int | None = None,
 ) -> tuple[list[Step], Prepared | None]:
     """
     Cuts a call into the steps of a schedule.
@@ -30,6 +31,7 @@ def choose_schedule(
         counts, opened, cached: as for [`plan_steps`].
         schedule: `sequential`, `diagonal` or None for what is faster.
         output_hidden_states: whether the hidden states of all layers are asked for.
+        bptt_segments: how far gradients flow back; None: as far as there is text.
 
     Returns:
         The steps, and the diagonal schedule if some of them are for it.
@@ -41,14 +43,20 @@ def choose_schedule(
         raise ValueError(f"schedule is {schedule!r}; it must be 'sequential', 'diagonal' or None.")
     if schedule == "diagonal" and output_hidden_states:
         raise ValueError("hidden states of all layers come from the sequential schedule; leave schedule out.")
+    # With a cache, what is left over is read last for all rows, which would move the windows of truncation.
+    possible = not output_hidden_states and not (cached and bptt_segments is not None)
+    if schedule == "diagonal" and not possible:
+        raise ValueError("bptt_segments with a cache takes the sequential schedule; use_cache=False, or no schedule.")
     sizes = (model.config.segment_size, model.config.num_mem_tokens)
     compiled = model.fast.enabled  # then cell by cell is the sequential schedule, compiled
-    if (schedule != "sequential" or compiled) and not output_hidden_states:
+    if (schedule != "sequential" or compiled) and possible:
         rows = sum(count > 0 for count in counts)
         steps = plan_pipeline(counts, opened, *sizes, cached, lanes_for(model, rows))
         first = next((step for step in steps if step.rows is not None), None)
         depth = sum(step.rows is not None for step in steps)
-        if first is not None and (schedule is not None or _pays(model, depth)):
+        # A backbone whose masks are a table cannot take as many columns as the first and the last step may have.
+        wide = any(step.rows is None and max(step.opened) + step.width > (model.max_columns or 1e9) for step in steps)
+        if first is not None and not wide and (schedule is not None or _pays(model, depth)):
             try:
                 prepared = prepare(model, len(first.rows))
                 groups, layers = len(prepared.groups.groups), len(prepared.calls)

@@ -69,7 +69,7 @@ def _plain_linear(module: nn.Module, name: str) -> nn.Linear:
         adapters = module.active_adapters
         module = module.original_module if module.disable_adapters else module.modules_to_save[adapters[0]]
     if type(module) is not nn.Linear or hasattr(module, "_hf_hook"):
-        raise CannotStack(f"{name} is a {type(module).__name__}, not a plain linear layer")
+        raise CannotStack(f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain linear layer")
     return module
 
 

@@ -9,11 +9,14 @@ or loaded anew is laid out again when it is next needed.
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
+
+from .attachment_armt import MEMORY_HOOKS
 
 
 class CannotStack(ValueError):
@@ -27,11 +30,18 @@ def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     Args:
         tensors: G parameters or buffers of one shape and dtype. Unless they lie side by side already, they are moved:
             their `data` becomes a view of the result.
+
+    Raises:
+        CannotStack: if one of them is there twice.
     """
     first = tensors[0]
+    if len(tensors) == 1:
+        return first.detach()[None]
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        raise CannotStack("its layers share a weight")
     size = first.numel() * first.element_size()
     storage = first.untyped_storage().data_ptr()
-    if len(tensors) > 1 and not all(
+    if not all(
         tensor.data_ptr() == first.data_ptr() + number * size
         and tensor.untyped_storage().data_ptr() == storage
         and tensor.is_contiguous()
@@ -41,7 +51,19 @@ def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
             stack = torch.stack([tensor.detach() for tensor in tensors])
             for tensor, view in zip(tensors, stack, strict=True):
                 tensor.data = view
-    return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.contiguous().stride()))
+    return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+
+
+def separate_storages(module: nn.Module, state_dict: dict, prefix: str, metadata) -> None:
+    """
+    A state dict hook. Weights that lie side by side share a storage, and writers of checkpoints take tensors of one
+    storage for one tensor; here each gets a storage object of its own, on the same memory.
+    """
+    for name, tensor in state_dict.items():
+        if not name.startswith(prefix) or type(tensor) is not torch.Tensor or tensor.device.type == "meta":
+            continue
+        if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
+            state_dict[name] = torch.from_dlpack(tensor)
 
 
 class _Stack(torch.autograd.Function):
@@ -65,27 +87,32 @@ def trainable_stack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 # What tells a layer where it stands, which does not change what it computes; a probe makes sure.
-_POSITION = {"layer_idx", "layer_index", "layer_id", "layer_number", "block_idx"}
-_OF_EVERY_MODULE = set(vars(nn.Module()))
+_POSITION = {"layer_idx", "layer_index", "layer_id", "layer_number", "block_idx", "target_name"}
+_OF_EVERY_MODULE = set(vars(nn.Module())) - {"training"}
 
 
-def kind(layer: nn.Module) -> tuple:
+def kind(module: nn.Module) -> tuple:
     """
-    All that a layer computes with besides the values of its tensors, as far as it can be compared. Layers of one kind
-    can be run as one.
+    All that a layer or a memory computes with besides the values of its tensors, as far as it can be compared. Those
+    of one kind can be run as one.
 
     Raises:
-        CannotStack: if a weight is not an ordinary tensor in one place (quantized, offloaded, sharded).
+        CannotStack: if a weight is not an ordinary tensor in one place (quantized, offloaded, sharded), or if somebody
+            hooks into the module.
     """
     described = []
-    for name, module in layer.named_modules():
-        if hasattr(module, "_hf_hook"):
+    for name, part in module.named_modules():
+        if hasattr(part, "_hf_hook"):
             raise CannotStack("its layers are driven by the device hooks of accelerate")
-        for attribute, value in vars(module).items():
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
+            hook = getattr(hook, "func", hook)
+            if hook not in MEMORY_HOOKS and not str(getattr(hook, "__module__", "")).startswith("transformers."):
+                raise CannotStack(f"there are hooks on {name or 'its layers'}")
+        for attribute, value in vars(part).items():
             if attribute not in _OF_EVERY_MODULE and attribute not in _POSITION:
                 described.append((name, attribute, _describe(value)))
-        described.append((name, type(module)))
-    for name, tensor in (*layer.named_parameters(), *layer.named_buffers()):
+        described.append((name, type(part)))
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if type(tensor) not in (nn.Parameter, torch.Tensor) or type(tensor.data) is not torch.Tensor:
             raise CannotStack(f"{name} is a {type(tensor).__name__}, not an ordinary tensor")
         if tensor.device.type == "meta":
@@ -98,7 +125,7 @@ def _describe(value):
     if isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device)):
         return value
     if isinstance(value, dict):
-        return tuple((key, _describe(entry)) for key, entry in value.items())
+        return tuple((key, _describe(entry)) for key, entry in value.items() if key not in _POSITION)
     if isinstance(value, (list, tuple, set)):
         return tuple(_describe(entry) for entry in value)
     if isinstance(value, torch.Tensor):
@@ -110,7 +137,7 @@ def _describe(value):
 
 class LayerGroup:
     """
-    Layers of one kind, run as one. It keeps the code of a layer, and none of its weights.
+    Layers of one kind, run as one. It keeps the code of a layer, and none of its parameters and buffers.
 
     Args:
         layers: the layers, of one [`kind`].
@@ -140,10 +167,16 @@ class LayerGroup:
         of_layers = [dict((*layer.named_parameters(), *layer.named_buffers())) for layer in layers]
         return {name: trainable_stack([tensors[name] for tensors in of_layers]) for name in self.names}
 
-    def train_as(self, layer: nn.Module) -> None:
-        """Takes over what is in training mode in a layer of this kind."""
-        for own, other in zip(self._layer.modules(), layer.modules(), strict=True):
-            own.training = other.training
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Runs without dropout."""
+        modes = [module.training for module in self._layer.modules()]
+        self._layer.eval()
+        try:
+            yield
+        finally:
+            for module, mode in zip(self._layer.modules(), modes, strict=True):
+                module.training = mode
 
     def __call__(
         self,

@@ -1,6 +1,7 @@
 """Invariant 6: the diagonal schedule returns what the sequential one returns, states and gradients included."""
 
 import copy
+import gc
 import itertools
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from modeling_armt import ARMTCache, ARMTForCausalLM
 from modeling_armt import groups_armt as groups_module
 from modeling_armt import schedule_armt as schedule_module
+from modeling_armt.attachment_armt import find_decoder_layers
 from modeling_armt.diagonal_armt import Pipeline
 from modeling_armt.segmentation_armt import plan_pipeline
 from modeling_armt.stacking_armt import stacked
@@ -25,6 +27,7 @@ LENGTH = 6 * SEGMENT_SIZE + 3
 NOT_GROUPED = {
     "bloom": "autograd.Function",  # its own gelu
     "jetmoe": "storage",  # its experts look at the addresses of their weights
+    "gemma4_text": "called with a",  # a dict in which layers hand keys on
 }
 
 
@@ -99,16 +102,110 @@ class TestEveryFamily:
     @torch.no_grad()
     def test_a_group_that_computes_something_else_is_found_out(self, monkeypatch):
         model = deep_model()
-        scales = {id(layer): 1.0 + number for number, layer in enumerate(model.decoder.layers)}
+        weights = [layer.mlp.up_proj.weight for layer in model.decoder.layers]
         forward = type(model.decoder.layers[0]).forward
-        # A property that nothing tells from outside: each layer by its identity.
-        monkeypatch.setattr(
-            type(model.decoder.layers[0]),
-            "forward",
-            lambda self, *args, **kwargs: forward(self, *args, **kwargs) * scales.get(id(self), 1.0),
-        )
+
+        def by_identity(self, *args, **kwargs):  # what cannot be seen from outside
+            scale = 1.0 + sum(i for i, weight in enumerate(weights) if self.mlp.up_proj.weight is weight)
+            return forward(self, *args, **kwargs) * scale
+
+        monkeypatch.setattr(type(model.decoder.layers[0]), "forward", by_identity)
         with pytest.raises(ValueError, match="do not compute the same"):
             model(random_ids(1, LENGTH), schedule="diagonal")
+
+
+class TestRefusals:
+    """What cannot be run as one is found before anything is read, and told."""
+
+    def refused(self, model: ARMTForCausalLM, reason: str):
+        ids = random_ids(1, LENGTH)
+        with torch.no_grad():
+            with pytest.raises(ValueError, match=reason):
+                model(ids, schedule="diagonal")
+            assert torch.isfinite(model(ids).logits).all()
+
+    def accepted(self, model: ARMTForCausalLM):
+        with torch.no_grad():
+            compare(model, 1e-9, random_ids(1, LENGTH))
+
+    @pytest.mark.parametrize("module", ["decoder.layers.1", "decoder.layers.1.mlp", "memory.1.memory_query"])
+    def test_hooks_of_others(self, module: str):
+        model = deep_model()
+        self.accepted(model)
+        handle = model.get_submodule(module).register_forward_hook(lambda module, args, output: output * 1.1)
+        self.refused(model, "there are hooks on")
+        handle.remove()
+        self.accepted(model)
+
+    def test_hidden_states_that_transformers_captures_are_no_hooks_of_others(self):
+        model = deep_model()
+        model(random_ids(1, LENGTH), output_hidden_states=True)
+        self.accepted(model)
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda x, layer, embeds: (layer(x) if layer is None else x + embeds.mean(), None), "between its layers"),
+            (lambda x, layer, embeds: (x, {"scale": embeds.mean()}), "depends on the text"),
+        ],
+        ids=["between layers", "arguments"],
+    )
+    def test_decoders_that_do_more_than_run_layers(self, change, reason: str, monkeypatch):
+        model = deep_model()
+        decoder = type(model.decoder)
+
+        def forward(self, inputs_embeds=None, **kwargs):
+            from transformers.modeling_outputs import BaseModelOutputWithPast
+
+            hidden = inputs_embeds
+            positions = torch.arange(hidden.shape[1])[None]
+            tables = self.rotary_emb(hidden, position_ids=positions)
+            for layer in self.layers:
+                hidden, extra = change(hidden, layer, inputs_embeds)
+                hidden = layer(hidden, position_embeddings=tables, attention_mask=None, **(extra or {}))
+            return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden))
+
+        monkeypatch.setattr(decoder, "forward", forward)
+        with torch.no_grad(), pytest.raises(ValueError, match=reason):
+            model(random_ids(1, LENGTH), schedule="diagonal")
+
+    def test_layers_that_share_a_weight(self):
+        model = deep_model()
+        model.decoder.layers[2].mlp.up_proj.weight = model.decoder.layers[1].mlp.up_proj.weight
+        self.refused(model, "share a weight")
+
+    def test_a_memory_that_is_no_linear_any_more(self):
+        model = deep_model()
+        self.accepted(model)
+        linear = model.memory["1"].memory_query
+        model.memory["1"].memory_query = copy.deepcopy(linear)
+        model.memory["1"].memory_query.__class__ = type("OtherLinear", (torch.nn.Linear,), {})
+        self.refused(model, "memory_query is a .*OtherLinear")
+        model.memory["1"].memory_query = linear
+        self.accepted(model)
+
+    def test_memories_of_different_kinds_are_different_groups(self):
+        model = deep_model()
+        self.accepted(model)
+        model.memory["2"].denom_eps = 0.5
+        self.accepted(model)
+
+    @torch.no_grad()
+    def test_masks_in_a_table(self):
+        model = deep_model("gpt_neo_short")
+        ids, mask = pad_left([random_ids(n, seed=n) for n in (7, 3)])
+        caches = [model(ids, attention_mask=mask, schedule="sequential").past_key_values for _ in range(2)]
+        more, more_mask = pad_right([random_ids(n, seed=n) for n in (25, 6)])
+        plain, fast = (
+            model(more, attention_mask=torch.cat([mask, more_mask], dim=1), past_key_values=cache, schedule=schedule)
+            for cache, schedule in zip(caches, ("sequential", "diagonal"), strict=True)
+        )
+        assert difference(fast.logits, plain.logits) <= 1e-6
+
+    def test_truncation_with_a_cache(self):
+        model, ids = deep_model(), random_ids(2, LENGTH)
+        with pytest.raises(ValueError, match="use_cache=False"):
+            model(ids, labels=ids, use_cache=True, bptt_segments=2, schedule="diagonal")
 
 
 class TestBatches:
@@ -234,6 +331,21 @@ class TestTraining:
         for parameter, gradient in expected.items():
             assert difference(found[parameter], gradient) <= 1e-8, parameter
 
+    @pytest.mark.parametrize("name", ["gpt2", "opt"])
+    def test_dropout_does_not_stand_in_the_way(self, name: str):
+        model, ids = deep_model(name).train(), random_ids(2, LENGTH)  # trained before it is ever evaluated
+        loss, _ = gradients(model, ids, schedule="diagonal")
+        again, _ = gradients(model, ids, schedule="diagonal")
+        assert loss != again
+        with torch.no_grad():
+            compare(model.eval(), 1e-9, ids)
+            evaluated = model(ids, labels=ids, schedule="diagonal").loss.item()
+        model.train()
+        for module in find_decoder_layers(model.decoder, 4)[1].modules():  # frozen, say
+            module.eval()
+        assert gradients(model, ids, schedule="diagonal")[0] != evaluated
+        assert [group.indices for group in model.fast.diagonal[-1].groups] == [[0, 2, 3], [1]]
+
     def test_ragged_rows_have_the_same_gradients(self):
         model = deep_model().train()
         ids, mask = pad_left([random_ids(n, seed=n) for n in (LENGTH, 11, 30)])
@@ -336,6 +448,29 @@ class TestStackedWeights:
         loaded = ARMTForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
         assert difference(loaded(ids).logits, model(ids).logits) <= 1e-9
 
+    def test_other_writers_of_checkpoints(self, tmp_path):
+        from accelerate import Accelerator
+
+        model = deep_model()
+        plain = {name: value.clone() for name, value in model.state_dict().items()}
+        self.read(model)
+        accelerator = Accelerator(cpu=True)
+        prepared = accelerator.prepare(model)
+        accelerator.save_state(tmp_path / "state")
+        with torch.no_grad():
+            self.weight(model, 1).zero_()
+        accelerator.load_state(tmp_path / "state")
+        assert same(dict(prepared.state_dict()), plain)
+        torch.save(model.state_dict(), tmp_path / "all.pt")
+        torch.save(
+            {"weight": model.state_dict()[f"model.{model.decoder_name}.layers.1.mlp.up_proj.weight"]},
+            tmp_path / "one.pt",
+        )
+        assert (tmp_path / "one.pt").stat().st_size < 2 * self.weight(model, 1).nbytes + 4096
+        assert same(torch.load(tmp_path / "all.pt"), plain)
+        model.load_state_dict(plain)
+        assert self.read(model) <= 1e-9
+
     @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
     def test_adapters(self):
         from peft import get_peft_model
@@ -358,6 +493,7 @@ class TestStackedWeights:
             grads = {n: p.grad.clone() for n, p in adapted.named_parameters() if p.requires_grad}
             if schedule == "sequential":
                 expected = grads
+        assert [group.indices for group in model.fast.diagonal[-1].groups] == [[0, 1, 2, 3]]
         assert losses["diagonal"] == pytest.approx(losses["sequential"], abs=1e-9)
         assert all(difference(grads[name], gradient) <= 1e-9 for name, gradient in expected.items())
         with adapted.disable_adapter(), torch.no_grad():
@@ -506,6 +642,38 @@ class TestCompiled:
         assert len(groups.idle) == 1
         assert copy.deepcopy(model).fast.enabled
         assert not copy.deepcopy(model).fast.diagonal
+
+    @torch.no_grad()
+    def test_buffers_do_not_hold_on_to_old_weights(self, monkeypatch):
+        monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+        model, ids = deep_model().compile_armt(), random_ids(1, LENGTH)
+        model(ids, schedule="diagonal")
+        buffers = weakref.ref(model.fast.diagonal[0].idle[0])
+        assert buffers() is not None
+        model.to(torch.float32)
+        gc.collect()
+        assert buffers() is None
+
+    @torch.no_grad()
+    def test_inference_mode_and_back(self, monkeypatch):
+        monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+        model, ids = deep_model(), random_ids(1, LENGTH)
+        expected = model(ids).logits
+        model.compile_armt()
+        with torch.inference_mode():
+            model(ids, schedule="diagonal")
+        assert difference(model(ids, schedule="diagonal").logits, expected) <= 1e-9
+
+    @torch.no_grad()
+    def test_few_groups_are_kept(self, monkeypatch):
+        monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
+        model, ids = deep_model().compile_armt(), random_ids(1, LENGTH)
+        for step in range(12):
+            for layer in model.decoder.layers:
+                layer.step = step
+            model(ids, schedule="diagonal")
+        assert len(model.fast.diagonal) <= groups_module.MOST_KEPT + 1
+        assert sum(len(groups.idle) for groups in model.fast.diagonal) == 1
 
     @torch.no_grad()
     def test_buffers_are_given_up_when_weights_move(self, monkeypatch):
