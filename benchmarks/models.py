@@ -54,9 +54,12 @@ SHAPES = {
         "tie_word_embeddings": True,
     },
 }
-# Value projections relative to 1 / sqrt(D), large enough that the memory matters; and memory tokens that stay diverse
-# through random layers. Keys that are all alike let the memory of a model that was never trained grow without bound.
-VALUE_SCALE, MEMORY_TOKEN_STD = 0.1, 1.0
+# Relative to 1 / sqrt(D): the backbone's weights, and the memory's value projections. Random layers of larger weights
+# amplify rounding from segment to segment, until runs in two dtypes have nothing in common.
+WEIGHT_SCALE, VALUE_SCALE = 0.5, 0.01
+# Memory tokens that stay diverse through random layers: keys that are all alike let the memory of a model that was never
+# trained grow without bound.
+MEMORY_TOKEN_STD = 1.0
 
 
 def build_armt(
@@ -71,7 +74,8 @@ def build_armt(
     """A random backbone of a shape in `SHAPES` with memories that are not zero, in evaluation mode."""
     torch.manual_seed(seed)
     # Nothing ends a text early: every run makes as many tokens as it was asked for.
-    config = LlamaConfig(**SHAPES[shape], bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    options = {**SHAPES[shape], "initializer_range": WEIGHT_SCALE * SHAPES[shape]["hidden_size"] ** -0.5}
+    config = LlamaConfig(**options, bos_token_id=None, eos_token_id=None, pad_token_id=0)
     backbone = _build(config, device, dtype)
     sizes = {"segment_size": segment_size, "num_mem_tokens": num_mem_tokens, "d_mem": d_mem}
     model = ARMTForCausalLM.from_backbone(backbone, **sizes).eval()
