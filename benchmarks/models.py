@@ -57,8 +57,8 @@ SHAPES = {
 # Relative to 1 / sqrt(D): the backbone's weights, and the memory's value projections. Random layers of larger weights
 # amplify rounding from segment to segment, until runs in two dtypes have nothing in common.
 WEIGHT_SCALE, VALUE_SCALE = 0.5, 0.01
-# Memory tokens that stay diverse through random layers: keys that are all alike let the memory of a model that was never
-# trained grow without bound.
+# Memory tokens that stay diverse through random layers: keys that are all alike let the memory of a model that was
+# never trained grow without bound.
 MEMORY_TOKEN_STD = 1.0
 
 
