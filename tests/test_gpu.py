@@ -7,7 +7,7 @@ import torch
 from helpers import enable_checkpointing
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from modeling_armt import ARMTCache, ARMTForCausalLM
+from modeling_armt import ARMTCache, ARMTForCausalLM, groups_armt
 
 
 pytestmark = [
@@ -227,3 +227,36 @@ def test_speed_of_decoding_on_the_shape_of_llama_3_2_1b(rows: int):
         f"{generated:.0f} under generate (prefill included); prepared in {decode.prepare_seconds:.0f} s"
     )
     assert decode.step.is_captured and fast > 2 * usual
+
+
+@pytest.mark.parametrize("lanes", ["one lane", "all lanes"])
+@torch.no_grad()
+def test_captured_diagonals_are_the_sequential_schedule(backbone_config, lanes: str, monkeypatch):
+    monkeypatch.setattr(groups_armt, "FULL_DIAGONAL", 1 if lanes == "one lane" else 1 << 20)
+    model, ids = make_model(backbone_config, torch.float32), random_ids(3, 500)
+    mask = torch.ones_like(ids)
+    mask[0, :130], mask[1, 400:] = 0, 0
+    expected = model(ids, attention_mask=mask, schedule="sequential")
+    model.compile_armt()
+    for _ in range(3):  # compiled, captured, replayed
+        found = model(ids, attention_mask=mask, schedule="diagonal")
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-3, rtol=1e-3)
+        for layer, state in expected.past_key_values.states.items():
+            torch.testing.assert_close(found.past_key_values.states[layer].A, state.A, atol=1e-3, rtol=1e-3)
+    assert any(call.graph is not None for call in model.fast.diagonal[0].idle[0].calls.values())
+    for layer in model.decoder.layers:  # in place: graphs see it
+        layer.mlp.up_proj.weight.mul_(1.1)
+    found = model(ids, attention_mask=mask, schedule="diagonal").logits
+    expected = model.compile_armt(False)(ids, attention_mask=mask, schedule="sequential").logits
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_compiled_diagonals_have_the_gradients_of_the_sequential_schedule(backbone_config):
+    model, ids = make_model(backbone_config, torch.float32).train(), random_ids(2, 500)
+    gradients = []
+    for compiled, schedule in ((False, "sequential"), (True, "diagonal")):
+        model.compile_armt(compiled).zero_grad()
+        model(ids, labels=ids, return_logits=False, schedule=schedule).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for plain, fast in zip(*gradients, strict=True):
+        torch.testing.assert_close(fast, plain, atol=1e-4, rtol=1e-2)
