@@ -1,0 +1,46 @@
+"""Tasks to train and evaluate on, by name."""
+
+import importlib
+import inspect
+from typing import Any
+
+from .task import Task
+
+
+# Imported when asked for, as "module:class".
+TASKS = {
+    "associative_retrieval": "associative_retrieval:AssociativeRetrieval",
+    "babilong": "babilong:Babilong",
+    "chat": "chat:Chat",
+    "needle": "needle:Needle",
+    "passkey": "passkey:Passkey",
+    "text": "text:Text",
+}
+
+
+def load_task(name: str, **options: Any) -> Task:
+    """
+    A task with its options.
+
+    Args:
+        name: one of `TASKS`.
+        options: of the task's class.
+
+    Raises:
+        ValueError: if there is no task of this name, or it has no such option, or needs another one; with those that
+            there are.
+    """
+    if name not in TASKS:
+        raise ValueError(f"There is no task {name!r}; it must be one of: {', '.join(TASKS)}.")
+    module, class_name = TASKS[name].split(":")
+    task = getattr(importlib.import_module(f".{module}", __name__), class_name)
+    parameters = inspect.signature(task).parameters
+    unknown = [option for option in options if option not in parameters]
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in options]
+    if unknown or missing:
+        problem = f"has no option {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
+        raise ValueError(f"The task {name!r} {problem}; its options are: {', '.join(parameters)}.")
+    return task(**options)
+
+
+__all__ = ["TASKS", "Task", "load_task"]

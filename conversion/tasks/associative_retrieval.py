@@ -1,0 +1,170 @@
+"""Associative retrieval: pairs of random keys and values, then a key whose value is to be told."""
+
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+from datasets import IterableDataset
+
+from .streams import SIDES, Samples, finite, random_stream
+from .task import Task
+
+
+ROWS = 256
+
+
+class AssociativeRetrieval(Task):
+    """
+    Token ids are the symbols themselves, without a tokenizer: `key SEP value EOS` for each pair, `key GEN value EOS`
+    at the end. The loss is on the last value and EOS.
+
+    In *remember* all keys differ. In *rewrite* a key may come again with another value, and the last one counts.
+
+    Args:
+        key_size, value_size: in symbols, of which there are 16.
+        pairs: in a sample; by default as many as fit into its length.
+        rewrite: keys are drawn with repetition.
+        segment_size: tokens that a pair takes up, with PAD behind it; by default `pair_size`, so that nothing stands
+            between pairs. A model with segments of this size has one pair in each.
+        vary: training samples have 1 to `pairs` pairs, each number as often as another.
+
+    Attributes:
+        pair_size: key, value and two special tokens; the question with its answer is as long.
+        vocab_size: of a model for this task.
+        sep_token_id, gen_token_id, eos_token_id, pad_token_id: the special tokens.
+
+    Raises:
+        ValueError: if a size is too small, or there are fewer keys than pairs.
+    """
+
+    name = "associative_retrieval"
+    symbols = 16
+    sep_token_id, gen_token_id, eos_token_id, pad_token_id = 100, 101, 102, 103
+    vocab_size = 104
+
+    def __init__(
+        self,
+        key_size: int = 1,
+        value_size: int = 1,
+        pairs: int | None = None,
+        rewrite: bool = False,
+        segment_size: int | None = None,
+        vary: bool = True,
+    ):
+        if min(key_size, value_size, pairs or 1) < 1:
+            raise ValueError("key_size, value_size and pairs must be at least 1.")
+        self.key_size, self.value_size, self.pairs = key_size, value_size, pairs
+        self.rewrite, self.vary = rewrite, vary
+        self.pair_size = key_size + value_size + 2
+        self.segment_size = segment_size or self.pair_size
+        if self.segment_size < self.pair_size:
+            raise ValueError(f"segment_size is {segment_size}, but a pair has {self.pair_size} tokens.")
+        self.keys = self.symbols**key_size
+        self._check_keys(pairs or 1)
+
+    def _check_keys(self, pairs: int) -> None:
+        if pairs > self.keys and not self.rewrite:
+            raise ValueError(
+                f"{pairs} pairs need as many different keys, but there are only {self.keys} of key_size "
+                f"{self.key_size}. Use fewer pairs, longer keys, or rewrite=True."
+            )
+
+    def length(self, pairs: int) -> int:
+        """Tokens of a sample with so many pairs, answer included."""
+        return pairs * self.segment_size + self.pair_size
+
+    def pairs_in(self, length: int) -> int:
+        """
+        The most pairs of a sample of at most `length` tokens.
+
+        Raises:
+            ValueError: if there is no room for one pair, or for `pairs`, or there are fewer keys than room.
+        """
+        needed = self.length(self.pairs or 1)
+        if length < needed:
+            raise ValueError(f"{self.pairs or 1} pairs need a length of {needed} tokens, not {length}.")
+        pairs = self.pairs or (length - self.pair_size) // self.segment_size
+        self._check_keys(pairs)
+        return pairs
+
+    def train(self, length: int, seed: int = 0) -> IterableDataset:
+        pairs = self.pairs_in(length)
+        return random_stream(partial(self._samples, pairs=pairs, side="train", vary=self.vary), seed)
+
+    def validation(self, length: int, count: int) -> IterableDataset:
+        return self._evaluation("validation", length, count)
+
+    def test(self, length: int, count: int) -> IterableDataset:
+        return self._evaluation("test", length, count)
+
+    def _evaluation(self, side: str, length: int, count: int) -> IterableDataset:
+        return finite(partial(self._first, self.pairs_in(length), side, count))
+
+    def _first(self, pairs: int, side: str, count: int) -> Samples:
+        made = self._samples(np.random.default_rng(SIDES.index(side)), pairs, side, vary=False)
+        for number, sample in enumerate(islice(made, count)):
+            yield sample | {"group": number}
+
+    def _samples(self, rng: np.random.Generator, pairs: int, side: str, vary: bool) -> Samples:
+        body_size = pairs * self.segment_size
+        # The same start for every number of pairs, so that a short sample has one side whatever the longest is.
+        weights = np.random.default_rng(0).integers(2**63, size=self.pair_size + body_size, dtype=np.uint64) | 1
+        while True:
+            counts = rng.integers(1, pairs + 1, ROWS) if vary else np.full(ROWS, pairs)
+            body, query, told = self._rows(rng, pairs, counts)
+            seen = np.arange(body_size) < counts[:, None] * self.segment_size
+            mixed = ((query + 1).astype(np.uint64) * weights[: self.pair_size]).sum(1, dtype=np.uint64)
+            mixed += ((body + 1) * seen).astype(np.uint64) @ weights[self.pair_size :]
+            sides = np.maximum((mixed >> np.uint64(40)).astype(np.int64) % 10 - 7, 0)
+            for row in np.flatnonzero(sides == SIDES.index(side)):
+                ids = np.concatenate([body[row, : counts[row] * self.segment_size], query[row]])
+                prompt_length = len(ids) - self.value_size - 1
+                answer = ids[prompt_length:].tolist()
+                yield {
+                    "input_ids": ids.tolist(),
+                    "labels": [-100] * prompt_length + answer,
+                    "prompt_length": prompt_length,
+                    "answer": " ".join(map(str, answer)),
+                    "distances": [int(prompt_length - told[row] * self.segment_size - self.pair_size)],
+                }
+
+    def _rows(self, rng: np.random.Generator, pairs: int, counts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """`(rows, pairs * segment_size)` pairs, `(rows, pair_size)` questions, `(rows,)` pairs that answer them."""
+        rows, each = len(counts), np.arange(len(counts))
+        keys = self._draw_keys(rng, rows, pairs)
+        values = rng.integers(self.symbols, size=(rows, pairs, self.value_size))
+        asked = keys[each, rng.integers(counts)]
+        same = (keys == asked[:, None]) & (np.arange(pairs) < counts[:, None])
+        told = pairs - 1 - same[:, ::-1].argmax(1)
+        body = np.full((rows, pairs, self.segment_size), self.pad_token_id)
+        body[..., : self.pair_size] = self._pairs(keys, self.sep_token_id, values)
+        query = self._pairs(asked, self.gen_token_id, values[each, told])
+        return body.reshape(rows, -1), query, told
+
+    def _draw_keys(self, rng: np.random.Generator, rows: int, pairs: int) -> np.ndarray:
+        if self.rewrite:
+            return rng.integers(self.keys, size=(rows, pairs))
+        order = rng.random((rows, self.keys), dtype=np.float32)
+        if pairs < self.keys:  # much faster than sorting thousands of keys for a few
+            chosen = np.argpartition(order, pairs - 1, axis=1)[:, :pairs]
+            return np.take_along_axis(chosen, rng.random((rows, pairs)).argsort(1), 1)
+        return order.argsort(1)
+
+    def _pairs(self, keys: np.ndarray, separator: int, values: np.ndarray) -> np.ndarray:
+        """`(..., pair_size)` tokens of `(...)` keys and `(..., value_size)` values."""
+        places = self.symbols ** np.arange(self.key_size)[::-1]
+        special = np.ones((*keys.shape, 1), dtype=int)
+        digits = keys[..., None] // places % self.symbols
+        return np.concatenate([digits, separator * special, values, self.eos_token_id * special], axis=-1)
+
+    def score(self, output: str, sample: dict[str, Any]) -> float:
+        """1 if the first ids of `output`, separated by spaces, are the value and EOS; whatever follows them."""
+        return float(output.split()[: self.value_size + 1] == sample["answer"].split())
+
+    def baselines(self, samples: list[dict[str, Any]]) -> dict[str, float]:
+        """`chance` guesses the value; `last value seen` answers with the value of the last pair."""
+        begin = self.key_size + 1 - self.segment_size
+        last = [s["input_ids"][: -self.pair_size][begin:][: self.value_size + 1] for s in samples]
+        right = [value == s["input_ids"][s["prompt_length"] :] for value, s in zip(last, samples, strict=True)]
+        return {"chance": self.symbols**-self.value_size, "last value seen": sum(right) / max(1, len(right))}
