@@ -78,9 +78,8 @@ class ARMTCache(Cache):
     """
 
     lent_to: Any = None
-    expendable = (
-        False  # whether its owner gives it up if a call fails, so that the call need not keep what it replaces
-    )
+    # Whether its owner gives it up if a call fails, so that the call need not keep what it replaces.
+    expendable = False
 
     def __init__(self):
         super().__init__(layers=[])

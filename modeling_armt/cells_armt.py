@@ -1,7 +1,7 @@
 """The cells (segment, layer) of equal layers: read, layer, write, for all of them in one call."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -106,7 +106,7 @@ class CellGroup:
             sizes.insert(0, sizes[0] * ratio)
         return sizes
 
-    def inputs(self, model, layers, calls: list[NativeCall]) -> "GroupInputs":
+    def inputs(self, model: nn.Module, layers: Sequence[nn.Module], calls: list[NativeCall]) -> GroupInputs:
         """
         What the group needs of a model.
 

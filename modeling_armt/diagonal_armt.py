@@ -126,7 +126,7 @@ class Pipeline:
     ) -> None:
         """Cells of one group on diagonal `number`, with what happens before and after to the rows in them."""
         if layers[0] not in self.states:
-            cells.run(group, first, last, None, None)
+            cells.run(group, first, last, [], [])
             return
         steps = [number - layer for layer in layers]
         for layer, step in zip(layers, steps, strict=True):

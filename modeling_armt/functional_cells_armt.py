@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cells_armt import CELLS_LOCK, GroupInputs, LayerState
+from .cells_armt import CELLS_LOCK, CellGroup, GroupInputs, LayerState
 from .groups_armt import LayerGroups
 
 
@@ -90,7 +90,7 @@ class FunctionalCells:
             if state is not None:
                 self.state[layer] = (state, i)
 
-    def _flags(self, cells, flags: list[list[bool]], usual: bool) -> torch.Tensor | None:
+    def _flags(self, cells: CellGroup, flags: list[list[bool]], usual: bool) -> torch.Tensor | None:
         if not cells.compiled and all(flag == usual for of_layer in flags for flag in of_layer):
             return None
         return torch.tensor(flags, device=self.model.device)

@@ -64,64 +64,11 @@ def dpfp(u: torch.Tensor, nu: int) -> torch.Tensor:
     return torch.cat([y * y.roll(shift, dims=-1) for shift in range(1, nu + 1)], dim=-1)
 
 
-class AssociativeMemory(nn.Module):
+class MemoryEquations:
     """
-    The projections of one layer's memory and its two operations. It holds no state: `read` and `write` take a
-    [`MemoryState`] and return what follows from it, so one module serves any number of texts at once.
-
-    Args:
-        hidden_size: D.
-        d_mem: d, width of queries and keys before the feature map.
-        nu, normalize_features: the feature map phi, DPFP, L2-normalised or not.
-        gamma_eps, denom_eps: the two epsilons of the equations above.
-        correction: with False gamma is 1, and z grows with every write.
-        use_denom: with False reads and v0 are not divided, and there is no z.
+    Read and write. A subclass says how its projections are applied, to one layer or to several, and has the constants
+    `nu`, `normalize_features`, `gamma_eps`, `denom_eps`, `correction`, `use_denom` and `state_dtype`.
     """
-
-    def __init__(
-        self,
-        hidden_size: int,
-        d_mem: int,
-        nu: int = 3,
-        normalize_features: bool = True,
-        gamma_eps: float = 0.0,
-        denom_eps: float = 1e-5,
-        correction: bool = True,
-        use_denom: bool = True,
-    ):
-        super().__init__()
-        self.feature_size = 2 * nu * d_mem
-        self.nu = nu
-        self.normalize_features = normalize_features
-        self.gamma_eps = gamma_eps
-        self.denom_eps = denom_eps
-        self.correction = correction
-        self.use_denom = use_denom
-        # Names that no backbone uses, so that adapters aimed at the backbone's q_proj, k_proj, ... leave them alone.
-        self.memory_query = nn.Linear(hidden_size, d_mem, bias=False)
-        self.memory_key = nn.Linear(hidden_size, d_mem, bias=False)
-        self.memory_value = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.memory_beta = nn.Linear(hidden_size, 1)
-
-    @property
-    def state_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.memory_query.weight.dtype, torch.float32)
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where states live; None if the weights are offloaded, so that it is where the layer runs."""
-        device = self.memory_query.weight.device
-        return None if device.type == "meta" else device
-
-    def zero_state(self, batch_size: int, device: torch.device | str) -> MemoryState:
-        """An empty memory: every read from it is exactly 0."""
-        A = torch.zeros(
-            batch_size, self.feature_size, self.memory_value.out_features, dtype=self.state_dtype, device=device
-        )
-        return MemoryState(A, A.new_zeros(batch_size, self.feature_size) if self.use_denom else None)
-
-    def _project(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return linear(x.to(linear.weight.dtype)).to(self.state_dtype)
 
     def _features(self, u: torch.Tensor) -> torch.Tensor:
         features = dpfp(u, self.nu)
@@ -196,3 +143,63 @@ class AssociativeMemory(nn.Module):
         """(query A) / (query . z + eps) for `(B, P, K)` queries, and the `(B, P)` denominators."""
         answer, denominator = self._answer(query, state.A), self._denominator(query, state)
         return answer if denominator is None else answer / denominator[..., None], denominator
+
+
+class AssociativeMemory(MemoryEquations, nn.Module):
+    """
+    The projections of one layer's memory and its two operations. It holds no state: `read` and `write` take a
+    [`MemoryState`] and return what follows from it, so one module serves any number of texts at once.
+
+    Args:
+        hidden_size: D.
+        d_mem: d, width of queries and keys before the feature map.
+        nu, normalize_features: the feature map phi, DPFP, L2-normalised or not.
+        gamma_eps, denom_eps: the two epsilons of the equations above.
+        correction: with False gamma is 1, and z grows with every write.
+        use_denom: with False reads and v0 are not divided, and there is no z.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        d_mem: int,
+        nu: int = 3,
+        normalize_features: bool = True,
+        gamma_eps: float = 0.0,
+        denom_eps: float = 1e-5,
+        correction: bool = True,
+        use_denom: bool = True,
+    ):
+        super().__init__()
+        self.feature_size = 2 * nu * d_mem
+        self.nu = nu
+        self.normalize_features = normalize_features
+        self.gamma_eps = gamma_eps
+        self.denom_eps = denom_eps
+        self.correction = correction
+        self.use_denom = use_denom
+        # Names that no backbone uses, so that adapters aimed at the backbone's q_proj, k_proj, ... leave them alone.
+        self.memory_query = nn.Linear(hidden_size, d_mem, bias=False)
+        self.memory_key = nn.Linear(hidden_size, d_mem, bias=False)
+        self.memory_value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.memory_beta = nn.Linear(hidden_size, 1)
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.memory_query.weight.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where states live; None if the weights are offloaded, so that it is where the layer runs."""
+        device = self.memory_query.weight.device
+        return None if device.type == "meta" else device
+
+    def zero_state(self, batch_size: int, device: torch.device | str) -> MemoryState:
+        """An empty memory: every read from it is exactly 0."""
+        A = torch.zeros(
+            batch_size, self.feature_size, self.memory_value.out_features, dtype=self.state_dtype, device=device
+        )
+        return MemoryState(A, A.new_zeros(batch_size, self.feature_size) if self.use_denom else None)
+
+    def _project(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        return linear(x.to(linear.weight.dtype)).to(self.state_dtype)

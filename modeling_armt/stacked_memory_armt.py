@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .memory_armt import AssociativeMemory
+from .memory_armt import AssociativeMemory, MemoryEquations
 from .stacking_armt import CannotStack, trainable_stack
 
 
@@ -73,7 +73,7 @@ def _plain_linear(module: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-class StackedMemory:
+class StackedMemory(MemoryEquations):
     """
     The memories of G layers. Reads and writes as one memory does, but on `(G, B, P, D)` and states `(G, B, K, D)`.
 
@@ -83,13 +83,6 @@ class StackedMemory:
     """
 
     memory_query, memory_key, memory_value, memory_beta = PROJECTIONS
-
-    read, write = AssociativeMemory.read, AssociativeMemory.write
-    _features, _denominator, _recall = (
-        AssociativeMemory._features,
-        AssociativeMemory._denominator,
-        AssociativeMemory._recall,
-    )
 
     def __init__(self, like: AssociativeMemory, weights: dict[str, torch.Tensor]):
         for name in ("nu", "normalize_features", "gamma_eps", "denom_eps", "correction", "use_denom"):
