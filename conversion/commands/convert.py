@@ -1,0 +1,38 @@
+"""`armt convert`."""
+
+import argparse
+from pathlib import Path
+
+
+HELP = "turn a pretrained decoder into an ARMT checkpoint"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("backbone", help="folder or Hub id of the decoder")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--segment-size", type=int, default=1024, help="tokens in a segment (default 1024)")
+    parser.add_argument("--num-mem-tokens", type=int, default=16, help="memory tokens of a segment (default 16)")
+    parser.add_argument("--d-mem", type=int, default=64, help="width of memory queries and keys (default 64)")
+    parser.add_argument("--variant", choices=["v2", "paper"], default="v2", help="formula of the memory (default v2)")
+    parser.add_argument(
+        "--memory-layers", type=int, nargs="+", metavar="I", help="layers that get a memory (default: all)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of the backbone's weights (default: as they are)",
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from ..convert import convert
+
+    config = convert(**vars(args)).config
+    Console(stderr=True).print(
+        f"[bold]{args.out}[/] reads segments of {config.segment_size} tokens with {config.num_mem_tokens} memory "
+        f"tokens; {len(config.memory_layer_indices)} layers have a memory. It passed every check against its "
+        "backbone, and will remember once it is trained."
+    )
