@@ -18,6 +18,19 @@ TASKS = {
 }
 
 
+def task_class(name: str) -> type[Task]:
+    """
+    The class of a task.
+
+    Raises:
+        ValueError: if there is no task of this name; with those that there are.
+    """
+    if name not in TASKS:
+        raise ValueError(f"There is no task {name!r}; it must be one of: {', '.join(TASKS)}.")
+    module, class_name = TASKS[name].split(":")
+    return getattr(importlib.import_module(f".{module}", __name__), class_name)
+
+
 def load_task(name: str, **options: Any) -> Task:
     """
     A task with its options.
@@ -30,10 +43,7 @@ def load_task(name: str, **options: Any) -> Task:
         ValueError: if there is no task of this name, or it has no such option, or needs another one; with those that
             there are.
     """
-    if name not in TASKS:
-        raise ValueError(f"There is no task {name!r}; it must be one of: {', '.join(TASKS)}.")
-    module, class_name = TASKS[name].split(":")
-    task = getattr(importlib.import_module(f".{module}", __name__), class_name)
+    task = task_class(name)
     parameters = inspect.signature(task).parameters
     unknown = [option for option in options if option not in parameters]
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in options]
@@ -43,4 +53,4 @@ def load_task(name: str, **options: Any) -> Task:
     return task(**options)
 
 
-__all__ = ["TASKS", "Task", "load_task"]
+__all__ = ["TASKS", "Task", "load_task", "task_class"]

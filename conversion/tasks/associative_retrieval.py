@@ -1,5 +1,6 @@
 """Associative retrieval: pairs of random keys and values, then a key whose value is to be told."""
 
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 from datasets import IterableDataset
 
 from .streams import SIDES, Samples, finite, random_stream
-from .task import Task
+from .task import Task, parse_length
 
 
 ROWS = 256
@@ -32,6 +33,7 @@ class AssociativeRetrieval(Task):
     Attributes:
         pair_size: key, value and two special tokens; the question with its answer is as long.
         vocab_size: of a model for this task.
+        max_new_tokens: value and EOS.
         sep_token_id, gen_token_id, eos_token_id, pad_token_id: the special tokens.
 
     Raises:
@@ -57,6 +59,7 @@ class AssociativeRetrieval(Task):
         self.key_size, self.value_size, self.pairs = key_size, value_size, pairs
         self.rewrite, self.vary = rewrite, vary
         self.pair_size = key_size + value_size + 2
+        self.max_new_tokens = value_size + 1
         self.segment_size = segment_size or self.pair_size
         if self.segment_size < self.pair_size:
             raise ValueError(f"segment_size is {segment_size}, but a pair has {self.pair_size} tokens.")
@@ -73,6 +76,11 @@ class AssociativeRetrieval(Task):
     def length(self, pairs: int) -> int:
         """Tokens of a sample with so many pairs, answer included."""
         return pairs * self.segment_size + self.pair_size
+
+    def tokens_of(self, length: str) -> int:
+        """Also `"50p"` or `"100kp"`: so many pairs."""
+        text = length.strip()
+        return self.length(parse_length(text[:-1])) if text.endswith("p") else parse_length(text)
 
     def pairs_in(self, length: int) -> int:
         """
@@ -121,12 +129,16 @@ class AssociativeRetrieval(Task):
                 ids = np.concatenate([body[row, : counts[row] * self.segment_size], query[row]])
                 prompt_length = len(ids) - self.value_size - 1
                 answer = ids[prompt_length:].tolist()
+                start = int(told[row] * self.segment_size)
+                last = int((counts[row] - 1) * self.segment_size) + self.key_size + 1
                 yield {
                     "input_ids": ids.tolist(),
                     "labels": [-100] * prompt_length + answer,
                     "prompt_length": prompt_length,
                     "answer": " ".join(map(str, answer)),
-                    "distances": [int(prompt_length - told[row] * self.segment_size - self.pair_size)],
+                    "distances": [prompt_length - start - self.pair_size],
+                    "fact_spans": [[start, start + self.pair_size]],
+                    "last_value": ids[last : last + self.value_size + 1].tolist(),
                 }
 
     def _rows(self, rng: np.random.Generator, pairs: int, counts: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -158,13 +170,24 @@ class AssociativeRetrieval(Task):
         digits = keys[..., None] // places % self.symbols
         return np.concatenate([digits, separator * special, values, self.eos_token_id * special], axis=-1)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def filling(self, prompt: np.ndarray, start: int, end: int, rng: np.random.Generator) -> np.ndarray:
+        """The next pair before, or else behind, that has another key; PAD where there is none."""
+        pairs = prompt[: len(prompt) - self.key_size - 1].reshape(-1, self.segment_size)[:, : self.pair_size]
+        told = start // self.segment_size
+        others = np.flatnonzero((pairs[:, : self.key_size] != pairs[told, : self.key_size]).any(1))
+        if not len(others):
+            return np.full(end - start, self.pad_token_id)
+        before = others[others < told]
+        return pairs[before[-1] if len(before) else others[0]]
+
     def score(self, output: str, sample: dict[str, Any]) -> float:
         """1 if the first ids of `output`, separated by spaces, are the value and EOS; whatever follows them."""
         return float(output.split()[: self.value_size + 1] == sample["answer"].split())
 
     def baselines(self, samples: list[dict[str, Any]]) -> dict[str, float]:
         """`chance` guesses the value; `last value seen` answers with the value of the last pair."""
-        begin = self.key_size + 1 - self.segment_size
-        last = [s["input_ids"][: -self.pair_size][begin:][: self.value_size + 1] for s in samples]
-        right = [value == s["input_ids"][s["prompt_length"] :] for value, s in zip(last, samples, strict=True)]
+        right = [" ".join(map(str, s["last_value"])) == s["answer"] for s in samples]
         return {"chance": self.symbols**-self.value_size, "last value seen": sum(right) / max(1, len(right))}

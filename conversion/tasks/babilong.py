@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .babi import GENERATED_TASKS, PLACES, TASKS, BabiError, Question, Story, generate_stories, read_stories
 from .babilong_scoring import TASK_LABELS, exact_match, label_score
 from .background import Background, sentence_prefix
-from .task import Task
+from .task import LengthError, Task, parse_length
 
 
 # A length of BABILong is in tokens of GPT-2, with this many characters each.
@@ -25,6 +25,8 @@ CHARACTERS_PER_TOKEN = 4.4
 # What comes out as one table in memory; longer samples, or more, come from a generator.
 MOST_TOKENS_A_SAMPLE = 2**20
 MOST_TOKENS = 2**25
+
+MAX_NEW_TOKENS = {"base": 10, "instruct": 20}  # as published
 
 HELD_OUT_STORIES = 400  # generated stories to evaluate on, 2,000 questions
 MOST_MISSES = 1000  # training samples in a row that do not fit before giving up
@@ -54,29 +56,13 @@ FEATURES = Features(
         "prompt_length": Value("int64"),
         "answer": Value("string"),
         "distances": List(Value("int64")),
+        "fact_spans": List(List(Value("int64"))),
         "group": Value("string"),
         "question": Value("string"),
         "facts": List(Value("string")),
         "gpt2_length": Value("int64"),
     }
 )
-
-
-class LengthError(ValueError):
-    """A length that is not one, or too short for a story."""
-
-
-def parse_length(text: str) -> int:
-    """
-    `"4k"`, `"128k"`, `"1M"` or `"4000"` as a number of GPT-2 tokens; 1k is 1,000, and `"0k"` means facts only.
-
-    Raises:
-        LengthError: for anything else.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text.strip())
-    if not match:
-        raise LengthError(f"{text!r} is not a length; lengths look like 0k, 4k, 128k or 1M.")
-    return round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6}[match[2].lower()])
 
 
 class Babilong(Task):
@@ -135,6 +121,7 @@ class Babilong(Task):
             raise ValueError("The tokenizer has no end-of-text token, which ends every answer.")
         self.task = task
         self.tokenizer = tokenizer
+        self.max_new_tokens = MAX_NEW_TOKENS[protocol]
         self.babi = babi
         self.protocol = protocol
         self.prompt = PROMPT if prompt_file is None else read_prompt(prompt_file)
@@ -296,23 +283,25 @@ class Babilong(Task):
         # Slots are drawn among facts and borders together, so several facts may stand side by side.
         slots = np.sort(rng.choice(len(borders) - 1 + len(pieces), len(pieces), replace=False))
         slots -= np.arange(len(pieces))
-        context, ends, done, position = [], [], 0, len(before)
+        context, spans, done, position = [], [], 0, len(before)
         for piece, slot in zip(pieces, slots, strict=True):
             border = int(borders[slot])
             context += [text[done:border], piece]
             position += border - done + len(piece)
-            ends.append(position)
+            spans.append([position - len(piece), position])
             done = border
         ids = np.concatenate([np.asarray(part, np.int32) for part in (before, *context, text[done:], after, answer)])
         labels = np.full_like(ids, -100)
         labels[-len(answer) :] = answer
         prompt_length = len(ids) - len(answer)
+        supports = sorted(spans[support] for support in question.supports)
         return {
             "input_ids": ids,
             "labels": labels,
             "prompt_length": prompt_length,
             "answer": question.answer,
-            "distances": sorted((prompt_length - ends[support] for support in question.supports), reverse=True),
+            "distances": [prompt_length - end for _, end in supports],
+            "fact_spans": supports,
             "group": story.name,
             "question": question.text,
             "facts": facts,
@@ -406,6 +395,9 @@ class Babilong(Task):
         """Of the model's tokens, in the background; GPT-2's without one."""
         return self.background.characters_per_token if self.background else CHARACTERS_PER_TOKEN
 
+    def tokens_of(self, length: str) -> int:
+        return self.tokens(parse_length(length))
+
     def tokens(self, gpt2_tokens: int) -> int:
         """A length in tokens of GPT-2, as from [`parse_length`], in those of the model."""
         return round(gpt2_tokens * CHARACTERS_PER_TOKEN / self.characters_per_token)
@@ -424,6 +416,10 @@ class Babilong(Task):
             warnings.warn(message, stacklevel=2)
 
     # Scores
+
+    def filling(self, prompt: np.ndarray, start: int, end: int, rng: np.random.Generator) -> np.ndarray:
+        """Other background; nothing where there is none, so that the prompt gets shorter."""
+        return self.draw("test", end - start, rng)[0].astype(prompt.dtype)
 
     def score(self, output: str, sample: dict[str, Any]) -> float:
         """By exact match in the base protocol, by labels in the other."""

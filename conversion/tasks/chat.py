@@ -164,6 +164,7 @@ class Chat(Task):
             "prompt_length": start,
             "answer": answers[len(fitting) - 1],
             "distances": [],
+            "fact_spans": [],
             "group": number,
         }
 

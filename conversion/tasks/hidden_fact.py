@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .documents import side_of
 from .streams import SIDES, Samples, numbered, random_stream
-from .task import Task
+from .task import LengthError, Task
 from .tokens import end_ids, piece_ids, start_ids
 
 
+SPARE = 512  # tokens in which there is a whole sentence
 DEPTHS = [i / 10 for i in range(11)]
 
 
@@ -48,6 +49,7 @@ class HiddenFact(Task):
         if digits < 2:
             raise ValueError("A number needs at least 2 digits.")
         self.tokenizer, self.digits = tokenizer, digits
+        self.max_new_tokens = digits + 2  # a space before it, and what shows that it ends
         # Some tokenizers begin every text with a space, others do not.
         joined = tokenizer.decode(self._ids("One.") + self._ids("Two."))
         self.space = "" if "One. Two." in joined else " "
@@ -99,7 +101,7 @@ class HiddenFact(Task):
         answer = self._ids(self.space + fact.answer) + end_ids(self.tokenizer)
         needed = len(begin) + len(hidden) + len(question) + len(answer)
         if length < needed:
-            raise ValueError(f"A {self.name} sample without any filler has {needed} tokens, more than {length}.")
+            raise LengthError(f"A {self.name} sample without any filler has {needed} tokens, more than {length}.")
         filler, places = self.filler(rng, side, length - needed)
         place = int(places[np.abs(places - depth * len(filler)).argmin()])
         prompt = [*begin, *filler[:place].tolist(), *hidden, *filler[place:].tolist(), *question]
@@ -109,8 +111,13 @@ class HiddenFact(Task):
             "prompt_length": len(prompt),
             "answer": fact.answer,
             "distances": [len(question) + len(filler) - place],
+            "fact_spans": [[len(begin) + place, len(begin) + place + len(hidden)]],
             "depth": depth,
         }
+
+    def filling(self, prompt: np.ndarray, start: int, end: int, rng: np.random.Generator) -> np.ndarray:
+        """Other filler; its last sentence may be cut."""
+        return np.resize(self.filler(rng, "test", end - start + SPARE)[0], end - start)
 
     def score(self, output: str, sample: dict[str, Any]) -> float:
         """1 if the first number of `output` is the answer."""

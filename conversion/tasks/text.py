@@ -121,6 +121,7 @@ class Text(Task):
             "prompt_length": 0,
             "answer": "",
             "distances": [],
+            "fact_spans": [],
             "group": stretches.documents.names[document],
         }
 
