@@ -5,13 +5,19 @@ import os
 import sys
 import warnings
 
-from .commands import convert, demo, generate, import_
+from .commands import card, convert, demo, evaluate, generate, import_, merge, publish, serve, train
 
 
 VERBS = {
     "convert": convert,
     "import": import_,
+    "train": train,
+    "evaluate": evaluate,
     "generate": generate,
+    "serve": serve,
+    "merge": merge,
+    "card": card,
+    "publish": publish,
     "demo": demo,
 }
 

@@ -1,0 +1,1 @@
+"""Training: a recipe, the curriculum it describes, and the stock Trainer that follows it."""

@@ -1,0 +1,195 @@
+"""`armt train`: from a recipe to a folder with what was trained and how."""
+
+import json
+import platform
+import shutil
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from ...modeling_armt import ARMTForCausalLM
+from ..adapters import lora_config
+from ..checkpoints import load_checkpoint
+from ..convert import staged_folder
+from .checkpointing import last_checkpoint, partial_folder, remove_incomplete
+from .curriculum import Curriculum
+from .data import StageData
+from .recipe import Recipe
+from .trainer import CurriculumTrainer, training_arguments
+
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets")
+
+
+def train(recipe: Recipe, resume: bool = False, command: str | None = None) -> dict[str, Any]:
+    """
+    Trains a model by a recipe. In several processes, under `accelerate launch`, each calls it.
+
+    Args:
+        recipe: with `out`, a folder that does not exist yet, or is empty. With the method `lora` it gets an adapter,
+            otherwise a whole checkpoint; with `recipe.yaml` and `training.json` beside it. It appears when training
+            is over; until then `OUT.partial` has the checkpoints.
+        resume: go on from the last whole checkpoint of a run that did not come to its end.
+        command: how this was called, for `training.json`.
+
+    Returns:
+        What `training.json` has.
+
+    Raises:
+        ValueError: if recipe, model and task do not go together.
+        FileExistsError: if there is something in `out`, or an unfinished run that is not resumed.
+        OSError: if a checkpoint cannot be written; the one before is whole.
+    """
+    if recipe.out is None:
+        raise ValueError("the recipe has no out, the folder to write: add it, or pass --out.")
+    processes = PartialState()
+    out = Path(recipe.out)
+    check_out(out)
+    folder = partial_folder(out)
+    model, tokenizer = load_model(recipe)
+    if recipe.batch_size % processes.num_processes:
+        raise ValueError(f"batch_size {recipe.batch_size} cannot be shared by {processes.num_processes} processes.")
+    with processes.main_process_first():  # what a task caches is made once
+        data = StageData(
+            recipe, model.config.segment_size, tokenizer, processes.process_index, processes.num_processes
+        )
+    check_passes(recipe, data)
+    set_seed(recipe.seed)
+    model = make_trainable(recipe, model, data.segment_sizes)
+    with processes.main_process_first():
+        if processes.is_main_process:
+            start_folder(folder, recipe, resume)
+    curriculum = Curriculum(recipe, data.exact)
+    last = last_checkpoint(folder)
+    if last is not None:
+        curriculum.resume(last[1]["stateful_callbacks"]["Curriculum"])
+    trainer = CurriculumTrainer(
+        data, curriculum, model=model, args=training_arguments(recipe, curriculum, folder), processing_class=tokenizer
+    )
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
+    except Exception as error:
+        if not remove_incomplete(folder):
+            raise
+        left = last_checkpoint(folder)
+        raise OSError(
+            f"the checkpoint of step {trainer.state.global_step} could not be written: {error}. "
+            + (f"{left[0]} is whole: mend the cause and run again with --resume." if left else "There is none before.")
+        ) from error
+    summary = summarize(recipe, trainer, command)
+    if processes.is_main_process:
+        save(out, trainer.model, tokenizer, recipe, summary, folder)
+    processes.wait_for_everyone()
+    return summary
+
+
+def check_out(out: Path) -> None:
+    """Refuses to begin what could not be written at its end."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty. Name another folder, or remove it.")
+
+
+def start_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
+    """Makes the folder of an unfinished run, or checks that the one that is there is of this recipe."""
+    file = folder / "recipe.yaml"
+    if folder.exists() and not resume:
+        raise FileExistsError(f"{folder} has an unfinished run: go on with --resume, or remove it.")
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        file.write_text(recipe.to_yaml(), encoding="utf-8")
+    elif file.read_text(encoding="utf-8") != recipe.to_yaml():
+        raise ValueError(
+            f"the unfinished run in {folder} has another recipe. Run --resume with {file}, or remove the folder."
+        )
+    remove_incomplete(folder)
+
+
+def load_model(recipe: Recipe) -> tuple[ARMTForCausalLM, PreTrainedTokenizerBase | None]:
+    """The model to start from, on the CPU, in the precision of its weights that the recipe asks for."""
+    local = Path(recipe.model)
+    name = str(local.resolve()) if local.is_dir() else recipe.model  # an adapter names its base for good
+    dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
+    model, tokenizer = load_checkpoint(name, dtype, "cpu")
+    if isinstance(model, PeftModel):
+        raise ValueError(f"{recipe.model} is an adapter. Merge it into its base first, and train the result.")
+    return model, tokenizer
+
+
+def check_passes(recipe: Recipe, data: StageData) -> None:
+    """Refuses batches that the processes cannot work through in equal parts."""
+    for number in range(len(recipe.stages)):
+        passes = recipe.stages[number].gradient_accumulation or recipe.gradient_accumulation
+        if data.rows(number) * passes * data.processes != recipe.batch_size:
+            raise ValueError(
+                f"batch_size {recipe.batch_size} cannot be divided by {data.processes} processes and "
+                f"gradient_accumulation {passes}."
+            )
+
+
+def make_trainable(recipe: Recipe, model: ARMTForCausalLM, segment_sizes: list[int]) -> ARMTForCausalLM | PeftModel:
+    """Adapters, or gradients where the recipe's method wants them; compiled if it says so."""
+    if recipe.compile:
+        model.compile_armt()
+    if recipe.method == "lora":
+        if segment_sizes[-1] != model.config.segment_size:
+            raise ValueError(
+                f"the last stage has segments of {segment_sizes[-1]} tokens, but an adapter is read with those of its "
+                f"base, {model.config.segment_size}. End with these, or train with the method full or memory."
+            )
+        lora = recipe.lora
+        return get_peft_model(model, lora_config(model, lora.r, lora.alpha, lora_dropout=lora.dropout))
+    model.requires_grad_(True)
+    if recipe.method == "memory":
+        model.model.requires_grad_(False)
+    return model
+
+
+def summarize(recipe: Recipe, trainer: CurriculumTrainer, command: str | None) -> dict[str, Any]:
+    """What there is to say of a run, for `training.json`."""
+    curriculum, history = trainer.curriculum, trainer.state.log_history
+    seconds = sum(record["seconds"] for record in curriculum.records)
+    stages = [vars(stage) | record for stage, record in zip(recipe.stages, curriculum.records, strict=False)]
+    device = trainer.args.device
+    return {
+        "recipe": yaml.safe_load(recipe.to_yaml()),
+        "seed": recipe.seed,
+        "stages": stages,
+        "steps": trainer.state.global_step,
+        "loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "tokens": curriculum.tokens,
+        "seconds": seconds,
+        "tokens_per_s": curriculum.tokens / max(seconds, 1e-9),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "versions": {name: version(name) for name in PACKAGES},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
+        "processes": trainer.args.world_size,
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def save(
+    out: Path,
+    model: ARMTForCausalLM | PeftModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: Recipe,
+    summary: dict[str, Any],
+    folder: Path,
+) -> None:
+    """Writes the finished folder, and removes that of the unfinished run."""
+    with staged_folder(out) as finished:
+        model.save_pretrained(finished)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(finished)
+        (finished / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (finished / "training.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        if (folder / "runs").is_dir():  # what trackers wrote
+            shutil.copytree(folder / "runs", finished / "runs")
+    shutil.rmtree(folder)
