@@ -34,22 +34,11 @@ def load_checkpoint(
         ValueError: for what is not ARMT, or is damaged.
         FileNotFoundError: if there is nothing.
     """
-    name = str(path)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not Path(name).exists() and (Path(name).is_absolute() or len(Path(name).parts) > 2):  # no id of the Hub
-        raise FileNotFoundError(f"there is no checkpoint {name}.")
-    adapter = _adapter_config(name)
-    base = name if adapter is None else adapter.base_model_name_or_path
+    base, adapter = check_checkpoint(path)
+    name = str(path)
     of = "" if adapter is None else f", the base of the adapter {name},"
-    try:
-        config = AutoConfig.from_pretrained(base)
-    except Exception as error:  # a damaged file raises whatever its reader meets
-        kind = FileNotFoundError if not Path(base).exists() else ValueError
-        raise kind(f"{base}{of} is not a checkpoint that can be loaded: {error}") from error
-    if not isinstance(config, ARMTConfig):
-        advice = "Convert it first: armt convert" if adapter is None else "Train on an ARMT checkpoint: armt convert"
-        raise ValueError(f"{base}{of} is a plain {config.model_type} model, not an ARMT checkpoint. {advice}")
     try:
         model, info = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True)
     except Exception as error:
@@ -65,6 +54,36 @@ def load_checkpoint(
             raise ValueError(f"the adapter {name} does not load on its base {base}: {error}") from error
         tokenizer = load_tokenizer(name) or tokenizer
     return model.to(device).eval(), tokenizer
+
+
+def check_checkpoint(path: str | Path) -> tuple[str, PeftConfig | None]:
+    """
+    Says what a checkpoint is, without loading any weights.
+
+    Args:
+        path: as for [`load_checkpoint`].
+
+    Returns:
+        Folder or Hub id of the ARMT checkpoint, and the configuration of the adapter on it if there is one.
+
+    Raises:
+        ValueError, FileNotFoundError: as [`load_checkpoint`].
+    """
+    name = str(path)
+    if not Path(name).exists() and (Path(name).is_absolute() or len(Path(name).parts) > 2):  # no id of the Hub
+        raise FileNotFoundError(f"there is no checkpoint {name}.")
+    adapter = _adapter_config(name)
+    base = name if adapter is None else adapter.base_model_name_or_path
+    of = "" if adapter is None else f", the base of the adapter {name},"
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except Exception as error:  # a damaged file raises whatever its reader meets
+        kind = FileNotFoundError if not Path(base).exists() else ValueError
+        raise kind(f"{base}{of} is not a checkpoint that can be loaded: {error}") from error
+    if not isinstance(config, ARMTConfig):
+        advice = "Convert it first: armt convert" if adapter is None else "Train on an ARMT checkpoint: armt convert"
+        raise ValueError(f"{base}{of} is a plain {config.model_type} model, not an ARMT checkpoint. {advice}")
+    return base, adapter
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase | None:

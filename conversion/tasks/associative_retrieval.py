@@ -13,6 +13,7 @@ from .task import Task, parse_length
 
 
 ROWS = 256
+COLUMNS = 4096  # that are hashed at a time
 
 
 class AssociativeRetrieval(Task):
@@ -121,9 +122,11 @@ class AssociativeRetrieval(Task):
         while True:
             counts = rng.integers(1, pairs + 1, ROWS) if vary else np.full(ROWS, pairs)
             body, query, told = self._rows(rng, pairs, counts)
-            seen = np.arange(body_size) < counts[:, None] * self.segment_size
             mixed = ((query + 1).astype(np.uint64) * weights[: self.pair_size]).sum(1, dtype=np.uint64)
-            mixed += ((body + 1) * seen).astype(np.uint64) @ weights[self.pair_size :]
+            for first in range(0, body_size, COLUMNS):
+                part = body[:, first : first + COLUMNS] + 1
+                part *= first + np.arange(part.shape[1]) < counts[:, None] * self.segment_size
+                mixed += part.astype(np.uint64) @ weights[self.pair_size + first :][: part.shape[1]]
             sides = np.maximum((mixed >> np.uint64(40)).astype(np.int64) % 10 - 7, 0)
             for row in np.flatnonzero(sides == SIDES.index(side)):
                 ids = np.concatenate([body[row, : counts[row] * self.segment_size], query[row]])
@@ -149,7 +152,7 @@ class AssociativeRetrieval(Task):
         asked = keys[each, rng.integers(counts)]
         same = (keys == asked[:, None]) & (np.arange(pairs) < counts[:, None])
         told = pairs - 1 - same[:, ::-1].argmax(1)
-        body = np.full((rows, pairs, self.segment_size), self.pad_token_id)
+        body = np.full((rows, pairs, self.segment_size), self.pad_token_id, dtype=np.int16)
         body[..., : self.pair_size] = self._pairs(keys, self.sep_token_id, values)
         query = self._pairs(asked, self.gen_token_id, values[each, told])
         return body.reshape(rows, -1), query, told
@@ -165,10 +168,13 @@ class AssociativeRetrieval(Task):
 
     def _pairs(self, keys: np.ndarray, separator: int, values: np.ndarray) -> np.ndarray:
         """`(..., pair_size)` tokens of `(...)` keys and `(..., value_size)` values."""
-        places = self.symbols ** np.arange(self.key_size)[::-1]
-        special = np.ones((*keys.shape, 1), dtype=int)
-        digits = keys[..., None] // places % self.symbols
-        return np.concatenate([digits, separator * special, values, self.eos_token_id * special], axis=-1)
+        result = np.empty((*keys.shape, self.pair_size), dtype=np.int16)
+        for place in range(self.key_size):
+            result[..., place] = keys // self.symbols ** (self.key_size - 1 - place) % self.symbols
+        result[..., self.key_size] = separator
+        result[..., self.key_size + 1 : -1] = values
+        result[..., -1] = self.eos_token_id
+        return result
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))

@@ -1,0 +1,125 @@
+"""results.json: what was measured so far, whole at any time, and where a run that was cut off goes on."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Results:
+    """
+    The results in a folder, written anew after every length.
+
+    Args:
+        folder: made if needed.
+        request: what makes results comparable: task, options, numbers of samples, controls. Checkpoints and lengths
+            may be added by later runs.
+        environment: of this run.
+
+    Attributes:
+        content: of the file.
+
+    Raises:
+        ValueError: if the file there is not readable, or of another request.
+    """
+
+    def __init__(self, folder: str | Path, request: dict[str, Any], environment: dict[str, Any]):
+        self.folder = Path(folder)
+        self.path = self.folder / "results.json"
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is a file; name a folder for the results.")
+        if self.path.exists():
+            self.content = self._read()
+            found = self.content["request"]
+            different = [name for name in {**found, **request} if found.get(name) != request.get(name)]
+            if different:
+                raise ValueError(
+                    f"{self.path} has results of another command, with "
+                    + " and ".join(
+                        f"{name} {found.get(name)!r} instead of {request.get(name)!r}" for name in different
+                    )
+                    + ". Name another folder, or remove it."
+                )
+            self.content["environment"] = environment
+        else:
+            self.content = {
+                "task": {"name": request["task"], "options": request["options"]},
+                "request": request,
+                "environment": environment,
+                "baselines": {},
+                "runs": [],
+            }
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.path.read_text(encoding="utf-8"))
+            if not (isinstance(content["request"], dict) and isinstance(content["runs"], list)):
+                raise KeyError("runs")
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise ValueError(
+                f"{self.path} is not a file of results, or a damaged one ({type(error).__name__}: {error}). Name "
+                "another folder, or remove it."
+            ) from error
+        return content
+
+    def run(self, checkpoint: str, seed: int | None, weights: str | None) -> dict[str, Any]:
+        """
+        The entry of a checkpoint, new or as an earlier run left it.
+
+        Raises:
+            ValueError: if the entry of this name is of other weights.
+        """
+        for run in self.content["runs"]:
+            if run["checkpoint"] == checkpoint:
+                if run.get("weights") != weights:
+                    raise ValueError(
+                        f"{self.path} has results of other weights under the name {checkpoint}. Name another folder, "
+                        "or remove it."
+                    )
+                return run
+        run = {"checkpoint": checkpoint, "seed": seed, "weights": weights, "lengths": []}
+        self.content["runs"].append(run)
+        return run
+
+    def has(self, run: dict[str, Any], length: str) -> bool:
+        return any(entry["length"] == length for entry in run["lengths"])
+
+    def add(self, run: dict[str, Any], entry: dict[str, Any], answers: Sequence[dict[str, Any]] = ()) -> None:
+        """Adds a length to a run, in order of tokens, and the answers in a file of their own."""
+        if answers:
+            folder = self.folder / "answers"
+            folder.mkdir(exist_ok=True)
+            name = f"{run['checkpoint'].replace('/', '-')}-{entry['length']}.jsonl"
+            write_whole(folder / name, "".join(json.dumps(finite(line)) + "\n" for line in answers))
+        run["lengths"].append(entry)
+        run["lengths"].sort(key=lambda entry: entry["tokens"])
+        self.write()
+
+    def write(self) -> None:
+        write_whole(self.path, json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that is the old or the new one at any time."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """A nested value in plain types, with None for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy
+        return finite(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
