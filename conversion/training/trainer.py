@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
@@ -96,12 +97,13 @@ class CurriculumTrainer(Trainer):
         return metrics
 
 
-def training_arguments(recipe, curriculum: Curriculum, folder, quiet: bool = False) -> TrainingArguments:
+def training_arguments(recipe, curriculum: Curriculum, folder) -> TrainingArguments:
     """The Trainer's arguments for a recipe; `folder` is where its checkpoints go."""
     cuda = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=curriculum.max_steps,
+        per_device_train_batch_size=recipe.batch_size // PartialState().num_processes,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision != "float32",
         tf32=recipe.tf32 if cuda and torch.cuda.get_device_capability()[0] >= 8 else None,
