@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ..cache_armt import ARMTCache
 from ..configuration_armt import VARIANTS, ARMTConfig
 from ..modeling_armt import ARMTForCausalLM
+from .provenance import describe_backbone
 
 
 # What an ARMT layer can be made of: attention whose cache is keys and values by position.
@@ -59,6 +60,7 @@ def convert(
         options = {"segment_size": segment_size, "num_mem_tokens": num_mem_tokens, "d_mem": d_mem}
         model = attach_checked(source, **options, memory_layers=memory_layers, **VARIANTS[variant])
         model.generation_config.cache_implementation = None  # some families ask for a cache of their own
+        model.config.converted_from = describe_backbone(backbone)
         model.save_pretrained(folder)
     model.name_or_path = model.config.name_or_path = str(out)  # adapters name their base
     return model

@@ -26,6 +26,7 @@ from ..attachment_armt import find_decoder_layers
 from ..configuration_armt import VARIANTS, ARMTConfig
 from ..modeling_armt import ARMTForCausalLM
 from .convert import copy_text_files, staged_folder
+from .provenance import describe_backbone
 
 
 # The key map of a layer's memory. All other parameters have the backbone's own names.
@@ -108,6 +109,7 @@ def import_checkpoint(
         # Through from_pretrained, which deals with dtypes, ties and buffers the way every later load will.
         dtype = reduce(torch.promote_types, [t.dtype for name, t in tensors.items() if name.startswith("model.")])
         model = ARMTForCausalLM.from_pretrained(None, config=config, state_dict=tensors, dtype=dtype)
+        model.config.converted_from = describe_backbone(backbone)
         model.save_pretrained(folder)
         copy_text_files(backbone, folder)
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -1,0 +1,47 @@
+"""Where a checkpoint's backbone came from, recorded in its configuration so that a card can say it."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import hf_hub_download
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+
+LICENSE_FIELDS = ("license", "license_name", "license_link")
+
+
+def describe_backbone(backbone: str | Path) -> dict[str, str]:
+    """
+    Name and licence of a backbone, as far as they are known.
+
+    Args:
+        backbone: folder or Hub id.
+
+    Returns:
+        `name`, the Hub id or the folder's name (never the place on this machine), and of `license`, `license_name` and
+        `license_link` what the backbone's own card says.
+    """
+    card = Path(backbone) / "README.md"
+    if Path(backbone).is_dir():
+        name = Path(backbone).resolve().name
+    else:
+        name = str(backbone)
+        try:
+            card = Path(hf_hub_download(name, "README.md"))
+        except (OSError, ValueError):  # no card, or no Hub
+            return {"name": name}
+    metadata = read_metadata(card)
+    return {"name": name, **{field: str(metadata[field]) for field in LICENSE_FIELDS if metadata.get(field)}}
+
+
+def read_metadata(card: Path) -> dict[str, Any]:
+    """The YAML metadata of a model card; empty where there is none, or none that can be read."""
+    if not card.is_file():
+        return {}
+    match = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8"))
+    try:
+        metadata = yaml.safe_load(match[2]) if match else None
+    except yaml.YAMLError:
+        return {}
+    return metadata if isinstance(metadata, dict) else {}

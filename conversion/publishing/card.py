@@ -1,0 +1,176 @@
+"""The model card: facts of a checkpoint in the words of the template in `model_cards/`."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from jinja2 import Environment, StrictUndefined, TemplateError
+
+from ...model_cards import TEMPLATE
+from .facts import Facts, as_yaml, describe_task, gather, title
+from .folders import inspect_folder
+from .results import background_notes, loss_table, number, percent, score_table, speed_table
+
+
+EXPLANATIONS = {
+    "memory": "the model as it is.",
+    "memory off": "nothing is carried from segment to segment, so that it sees the last segment only.",
+    "memory swapped": "the memory of another sample in place of its own: what stays above chance is guessing.",
+    "fact deleted": "the fact that the question asks for is not in the text.",
+    "backbone": "the backbone without any memory, reading the whole text at once where that fits its context.",
+    "full attention": "the backbone without any memory, reading the whole text at once.",
+}
+
+
+# Of a stage of the curriculum: what it asked for, and what came out.
+STAGE = ("segments", "pairs", "length", "segment_size", "until", "steps", "score", "loss", "seconds")
+
+
+class CardError(ValueError):
+    """A card that cannot be written, with what is missing."""
+
+
+def render_card(facts: Facts, template: Path = TEMPLATE) -> str:
+    """
+    Writes the card of a checkpoint.
+
+    Args:
+        facts: see [`gather`].
+        template: Jinja template.
+
+    Returns:
+        Markdown with its YAML metadata.
+
+    Raises:
+        CardError: if the template asks for what there is not, or what comes out is no card.
+    """
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    try:
+        text = environment.from_string(Path(template).read_text(encoding="utf-8")).render(fields(facts))
+    except TemplateError as error:
+        raise CardError(f"the card's template {template} cannot be filled: {error}.") from error
+    try:
+        metadata = ModelCard(text).data
+    except ValueError as error:
+        raise CardError(f"the card's metadata is not valid: {error}") from error
+    if metadata.license is None:
+        raise CardError(f"the card's template {template} wrote no metadata.")
+    return text
+
+
+def fields(facts: Facts) -> dict[str, Any]:
+    """What a template can use."""
+    config, training, results = facts.checkpoint.config, facts.training or {}, facts.results
+    adapter = facts.checkpoint.adapter is not None
+    backbone = config.text_config
+    layers = config.memory_layer_indices
+    everywhere = len(layers) == backbone.num_hidden_layers
+    shape = {
+        "backbone": f"{backbone.model_type}, {backbone.num_hidden_layers} layers of width {backbone.hidden_size}, "
+        f"vocabulary of {number(backbone.vocab_size)}",
+        "tokens in a segment": number(config.segment_size),
+        "memory tokens": number(config.num_mem_tokens),
+        "layers with memory": "all" if everywhere else ", ".join(map(str, layers)),
+        "width of memory queries and keys (`d_mem`)": number(config.d_mem),
+        "feature map": f"DPFP, nu = {config.dpfp_nu}, {'' if config.normalize_features else 'not '}normalised",
+        "correction of the denominator": "on" if config.correction else "off",
+    }
+    if adapter:
+        lora = facts.checkpoint.adapter
+        shape |= {"LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha}"}
+    folder = facts.checkpoint.folder
+    recipe = training.get("recipe")
+    found = {
+        "name": facts.name,
+        "metadata": facts.metadata().to_yaml(),
+        "adapter": adapter,
+        "base": facts.base,
+        "base_revision": facts.base_revision,
+        "origin": facts.origin.get("name"),
+        "license": facts.license.get("license_name", facts.license["license"]),
+        "config": config,
+        "address": facts.repository or folder.resolve().name,
+        "tag": facts.tag,
+        "tokenizer": facts.checkpoint.tokenizer,
+        "shape": [{"": f"**{name}**", "value": value} for name, value in shape.items()],
+        "training": facts.training,
+        "training_summary": summarize(training),
+        "task_description": describe_task(facts.task),
+        "stages": [
+            {key: plain(stage[key]) for key in STAGE if stage.get(key) is not None}
+            for stage in training.get("stages", [])
+        ],
+        "recipe": as_yaml(recipe) if recipe else None,
+        "results": results,
+        "seed": training.get("seed"),
+        "explanations": EXPLANATIONS,
+        "plots": [path.name for path in facts.plots],
+    }
+    return found | result_fields(results)
+
+
+def result_fields(results: dict[str, Any] | None) -> dict[str, Any]:
+    if results is None:
+        return dict.fromkeys(("scores", "losses", "speed"), [])
+    task, environment = results["task"], results["environment"]
+    scores, losses = score_table(results), loss_table(results)
+    shown = {column for row in [*scores, *losses] for column in row}
+    return {
+        "results_title": title(task),
+        "results_description": describe_task(task["name"]),
+        "scores": scores,
+        "losses": losses,
+        "speed": speed_table(results),
+        "conditions": [name for name in EXPLANATIONS if name in shown],
+        "baselines": [{"baseline": k, "score": percent(v)} for k, v in results.get("baselines", {}).items()],
+        "options": as_yaml(task["options"]) if task.get("options") else None,
+        "background": background_notes(results),
+        "measured": f"on {environment.get('device', 'an unnamed device')}, {environment.get('date', 'undated')}",
+    }
+
+
+def summarize(training: dict[str, Any]) -> list[dict[str, str]]:
+    """What stands alone in `training.json`: seed, steps, tokens, speed, device, versions, date."""
+    alone = {key: plain(value) for key, value in training.items() if isinstance(value, (str, int, float))}
+    alone.pop("command", None)  # the recipe says it without the folders of somebody's machine
+    if training.get("versions"):
+        alone["versions"] = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
+    names = {"tokens_per_s": "tokens/s"}
+    return [{"": f"**{names.get(key, key.replace('_', ' '))}**", "value": value} for key, value in alone.items()]
+
+
+def plain(value: Any) -> str:
+    return number(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+def card_of(
+    folder: str | Path, results: str | Path | None = None, base: str | None = None, license: str | None = None
+) -> str:
+    """
+    The card of a folder, as [`publish`] would write it, without a repository.
+
+    Args:
+        folder, results, base, license: see [`publish`].
+
+    Raises:
+        FolderError, ResultsError, CardError: if there is something that a card cannot do without.
+    """
+    base, _, revision = (base or "").partition("@")
+    checkpoint = inspect_folder(folder)
+    if checkpoint.adapter is not None and not base and not Path(checkpoint.adapter.base_model_name_or_path).exists():
+        base, revision = checkpoint.adapter.base_model_name_or_path, checkpoint.adapter.revision
+    where = None if results is None else Path(results)
+    facts = gather(checkpoint, base=base or None, base_revision=revision or None, license=license, results=where)
+    return render_card(facts)
+
+
+def write_card(card: str, path: Path) -> None:
+    """Writes a card as a whole or not at all."""
+    if not path.absolute().parent.is_dir():
+        raise CardError(f"there is no folder {path.parent} to write the card in.")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(card, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

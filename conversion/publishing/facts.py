@@ -1,0 +1,209 @@
+"""What a card says, gathered from the checkpoint's own files; nothing is known that is not written there."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
+
+from ..provenance import LICENSE_FIELDS, describe_backbone, read_metadata
+from ..tasks import TASKS
+from .folders import Checkpoint, FolderError, read_json
+from .results import check_results, find_run
+
+
+# Benchmarks with a data set on the Hub, which is where scores are listed.
+BENCHMARKS = {"babilong": "RMT-team/babilong"}
+TITLES = {"babilong": "BABILong", "associative_retrieval": "associative retrieval"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """
+    Attributes:
+        name: of the model on its card.
+        checkpoint: the folder.
+        repository: where it will be, None for a card that stays here.
+        tag: revision that the card's example pins, None without a repository.
+        base: Hub id of the backbone, or of the ARMT base of an adapter; None if it is not on the Hub.
+        base_revision: of an adapter's base.
+        license: `license` and what belongs to it.
+        training: of `training.json`, None if the model was not trained.
+        results: of `results.json`, None if it was not evaluated.
+        results_folder: where that file is.
+        plots: files beside it.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    repository: str | None
+    tag: str | None
+    base: str | None
+    base_revision: str | None
+    license: dict[str, str]
+    training: dict[str, Any] | None
+    results: dict[str, Any] | None
+    results_folder: Path
+    plots: list[Path]
+
+    @property
+    def origin(self) -> dict[str, str]:
+        """Of the backbone, from the configuration."""
+        return getattr(self.checkpoint.config, "converted_from", None) or {}
+
+    @property
+    def task(self) -> str | None:
+        """The task that the model was trained on."""
+        return (self.training or {}).get("recipe", {}).get("task")
+
+    def metadata(self) -> ModelCardData:
+        """The YAML at the top of the card."""
+        adapter = self.checkpoint.adapter is not None
+        relation = {} if self.base is None else {"base_model_relation": "adapter" if adapter else "finetune"}
+        scores = self.eval_results()
+        if scores:
+            relation |= {"model_name": self.name, "eval_results": scores}
+        return ModelCardData(
+            base_model=self.base,
+            library_name="peft" if adapter else "transformers",
+            pipeline_tag="text-generation",
+            tags=["armt", "associative-memory", "long-context", "custom_code", *(["lora"] if adapter else [])],
+            **self.license,
+            **relation,
+        )
+
+    def own_run(self) -> dict[str, Any] | None:
+        if self.results is None:
+            return None
+        return find_run(self.results, self.checkpoint.folder.resolve().name, (self.training or {}).get("seed"))
+
+    def eval_results(self) -> list[EvalResult]:
+        """The scores of this checkpoint, of no other seed, for the card's metadata."""
+        run = self.own_run()
+        task = (self.results or {}).get("task", {}).get("name")
+        return [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=task,
+                dataset_name=f"{title(self.results['task'])}, {entry['length']}",
+                dataset_config=entry["length"],
+                metric_type="accuracy",
+                metric_value=entry["scores"]["memory"]["mean"],
+            )
+            for entry in (run or {"lengths": []})["lengths"]
+            if "scores" in entry
+        ]
+
+    def leaderboard_entries(self) -> list[EvalResultEntry]:
+        """The same for `.eval_results`, of benchmarks that have a data set on the Hub."""
+        run = self.own_run()
+        if run is None or self.results["task"]["name"] not in BENCHMARKS:
+            return []
+        task = self.results["task"]
+        subtask = task.get("options", {}).get("task")
+        return [
+            EvalResultEntry(
+                dataset_id=BENCHMARKS[task["name"]],
+                task_id="_".join(filter(None, (subtask, entry["length"]))),
+                value=entry["scores"]["memory"]["mean"],
+                date=self.results["environment"].get("date"),
+                notes="samples of our own, made by the benchmark's recipe, not those of the data set",
+            )
+            for entry in run["lengths"]
+            if "scores" in entry
+        ]
+
+
+def gather(
+    checkpoint: Checkpoint,
+    repository: str | None = None,
+    tag: str | None = None,
+    base: str | None = None,
+    base_revision: str | None = None,
+    license: str | None = None,
+    results: Path | None = None,
+) -> Facts:
+    """
+    Collects what is known of a checkpoint.
+
+    Args:
+        checkpoint: see [`inspect_folder`].
+        repository, tag, base_revision: see [`Facts`].
+        base: Hub id, where the checkpoint's own configuration does not name one.
+        license: of a backbone whose licence is not known.
+        results: folder of `armt evaluate`; by default the checkpoint's own folder.
+
+    Raises:
+        FolderError: if the licence is not known, or the results are not there.
+        ResultsError: if there are results without controls or seeds, or of other checkpoints.
+    """
+    training = checkpoint.record("training.json")
+    folder = checkpoint.folder if results is None else Path(results)
+    measured = read_json(folder / "results.json") if (folder / "results.json").is_file() else None
+    if results is not None and measured is None:
+        raise FolderError(f"there is no results.json in {results}; `armt evaluate --out {results}` writes it.")
+    if measured is not None:
+        check_results(measured)
+    name = (repository or str(checkpoint.folder.resolve())).rsplit("/", 1)[-1]
+    origin = getattr(checkpoint.config, "converted_from", None) or {}
+    if base is None and checkpoint.adapter is None and "/" in origin.get("name", ""):
+        base = origin["name"]
+    plots = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".svg")) if measured else []
+    terms = known_license(checkpoint, license)
+    facts = Facts(name, checkpoint, repository, tag, base, base_revision, terms, training, measured, folder, plots)
+    facts.own_run()
+    return facts
+
+
+def known_license(checkpoint: Checkpoint, given: str | None) -> dict[str, str]:
+    """The licence that was given, or that of the backbone.
+
+    Raises:
+        FolderError: if nobody knows it, or the two differ.
+    """
+    origin = getattr(checkpoint.config, "converted_from", None) or {}
+    found = origin if "license" in origin else read_metadata(checkpoint.folder / "README.md")
+    if "license" not in found and "/" in origin.get("name", ""):
+        found = describe_backbone(origin["name"])
+    terms = {field: found[field] for field in LICENSE_FIELDS if found.get(field)}
+    if given and terms and terms["license"] != given:
+        raise FolderError(
+            f"the licence of the backbone {origin.get('name', '')} is {terms['license']}, which a fine-tuned model "
+            f"carries on; it cannot become {given}."
+        )
+    if not given and "license" not in terms:
+        raise FolderError(
+            f"the licence of the backbone of {checkpoint.folder} is not known. Name it with --license, as the Hub "
+            "writes it, such as apache-2.0."
+        )
+    return terms or {"license": given}
+
+
+def title(task: dict[str, Any]) -> str:
+    """A task as a reader knows it, such as `BABILong qa1`."""
+    name = TITLES.get(task["name"], task["name"])
+    subtask = task.get("options", {}).get("task")
+    return f"{name} {subtask}" if subtask else name
+
+
+def describe_task(name: str) -> str | None:
+    """What the task says of itself, in a sentence or two."""
+    if name not in TASKS:
+        return None
+    module = TASKS[name].partition(":")[0]
+    return importlib.import_module(f"...tasks.{module}", __name__).__doc__.strip().partition("\n\n")[0]
+
+
+def without_places(values: Any) -> Any:
+    """Values of a recipe or an option, with files named but not the folders of somebody's machine."""
+    if isinstance(values, dict):
+        return {key: without_places(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [without_places(value) for value in values]
+    return Path(values).name if isinstance(values, str) and Path(values).is_absolute() else values
+
+
+def as_yaml(values: Any) -> str:
+    return yaml.safe_dump(without_places(values), sort_keys=False, allow_unicode=True, width=110).strip()

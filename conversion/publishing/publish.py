@@ -1,0 +1,171 @@
+"""`armt publish`: one prepared folder, one commit, and the proof that a stranger gets the same model."""
+
+import hashlib
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi, eval_result_entries_to_yaml
+
+from .card import render_card
+from .facts import Facts, gather
+from .folders import Checkpoint, FolderError, inspect_folder, read_json
+from .hub import HubError, Repository
+from .shards import MOST_BYTES, WEIGHTS, shard
+from .visits import VisitError, agree, visit
+
+
+@dataclass(frozen=True)
+class Publication:
+    """
+    What was, or would be, published.
+
+    Attributes:
+        files: sizes in bytes by path in the repository.
+        left: paths of the folder that stay here.
+        commit: its id; None if nothing was uploaded.
+        tag: of the commit.
+    """
+
+    files: dict[str, int]
+    left: list[str]
+    commit: str | None
+    tag: str
+
+
+def publish(
+    folder: str | Path,
+    repository: str,
+    private: bool = False,
+    revision: str | None = None,
+    dry_run: bool = False,
+    base: str | None = None,
+    license: str | None = None,
+    results: str | Path | None = None,
+) -> Publication:
+    """
+    Puts a checkpoint or an adapter on the Hub in one commit. Before the upload and after it, a fresh process without
+    this package loads the model, and both must find the same logits. The folder is only read.
+
+    Args:
+        folder: of an ARMT checkpoint, or of a PEFT adapter on one.
+        repository: `user/name`, made if it does not exist.
+        private: whether it is private if it is made.
+        revision: branch to commit to, by default `main`; made if it does not exist.
+        dry_run: check and prepare everything, and upload nothing.
+        base: Hub id of the backbone, where the checkpoint does not know it; for an adapter the Hub id of its ARMT
+            base, `user/name` or `user/name@revision`.
+        license: of the backbone, where nobody knows it.
+        results: folder of `armt evaluate`, by default the checkpoint's own.
+
+    Returns:
+        What was published.
+
+    Raises:
+        FolderError, ResultsError, CardError: for what cannot be published; the Hub is as it was.
+        HubError: for what the Hub refuses, and connections that drop; the repository is as it was.
+        VisitError: if a stranger cannot load the model, or gets another one.
+    """
+    checkpoint = inspect_folder(folder)
+    target = Repository(repository, revision, private)
+    if not dry_run:
+        target.check(checkpoint.adapter is not None)
+    base, base_revision = find_base(checkpoint, base)
+    tag = content_tag(checkpoint, base, base_revision)
+    facts = gather(
+        checkpoint, repository, tag, base, base_revision, license, None if results is None else Path(results)
+    )
+    with tempfile.TemporaryDirectory(prefix="armt-publish-") as work:
+        prepared = Path(work)
+        prepare(facts, prepared)
+        files = {str(p.relative_to(prepared)): p.stat().st_size for p in sorted(prepared.rglob("*")) if p.is_file()}
+        publication = Publication(files, checkpoint.left, None, tag)
+        if dry_run:
+            return publication
+        adapter = checkpoint.adapter is not None
+        expected = visit(prepared, checkpoint.config, adapter)
+        if adapter and base != checkpoint.adapter.base_model_name_or_path:
+            trained = visit(checkpoint.folder.resolve(), checkpoint.config, adapter)
+            if not agree(trained, expected):
+                raise VisitError(
+                    f"the adapter gives other logits on {base} than on its own base "
+                    f"{checkpoint.adapter.base_model_name_or_path}: they are different models. Publish the base that "
+                    "it was trained on; nothing was uploaded."
+                )
+        commit = target.commit(prepared, f"Publish {facts.name}", tag)
+    found = visit(repository, checkpoint.config, adapter, revision=commit, fresh_cache=True)
+    if not agree(found, expected):
+        raise VisitError(f"{repository} at {commit} was uploaded, but gives other logits than {checkpoint.folder}.")
+    return replace(publication, commit=commit)
+
+
+def prepare(facts: Facts, folder: Path, most_bytes: int = MOST_BYTES) -> None:
+    """
+    Fills a folder with what is to be uploaded. Weights are linked, not copied, unless they have to be split.
+
+    Args:
+        facts: of the checkpoint.
+        folder: an empty folder.
+        most_bytes: of a file of weights.
+    """
+    checkpoint = facts.checkpoint
+    for name in checkpoint.files:
+        source = (checkpoint.folder / name).resolve()
+        if name == WEIGHTS and source.stat().st_size > most_bytes:
+            shard(source, folder, most_bytes)
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(source)
+    if facts.results is not None:
+        for path in [facts.results_folder / "results.json", *facts.plots]:
+            (folder / path.name).unlink(missing_ok=True)
+            (folder / path.name).symlink_to(path.resolve())
+    if checkpoint.adapter is not None:
+        (folder / "adapter_config.json").unlink()
+        fields = read_json(checkpoint.folder / "adapter_config.json")
+        fields |= {"base_model_name_or_path": facts.base, "revision": facts.base_revision}
+        (folder / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    entries = facts.leaderboard_entries()
+    if entries:
+        (folder / ".eval_results").mkdir()
+        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        (folder / ".eval_results" / f"{facts.results['task']['name']}.yaml").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(render_card(facts), encoding="utf-8")
+
+
+def find_base(checkpoint: Checkpoint, given: str | None) -> tuple[str | None, str | None]:
+    """
+    Where a checkpoint's base is on the Hub, and for an adapter at which commit.
+
+    Raises:
+        FolderError: if the base of an adapter is a folder of this machine.
+        HubError: if it is not on the Hub.
+    """
+    if checkpoint.adapter is None:
+        return given, None
+    base, revision = checkpoint.adapter.base_model_name_or_path, checkpoint.adapter.revision
+    if given is not None:
+        base, _, revision = given.partition("@")
+    elif Path(base).exists():
+        raise FolderError(
+            f"the base of the adapter {checkpoint.folder} is a folder of this machine, {base}, where nobody else "
+            "finds it. Publish that first, then this with --base USER/NAME; or merge both: armt merge"
+        )
+    repository = Repository(base)
+    try:
+        with repository.errors():
+            return base, HfApi().repo_info(base, revision=revision or None).sha
+    except HubError as error:
+        raise HubError(f"the base {base} of the adapter is not on the Hub, or cannot be seen: {error}") from error
+
+
+def content_tag(checkpoint: Checkpoint, base: str | None, base_revision: str | None) -> str:
+    """A name for this content, the same whenever it is published: `armt-` and 12 digits."""
+    digest = hashlib.sha256(f"{base}@{base_revision}".encode())
+    for name in checkpoint.files:
+        digest.update(name.encode())
+        with open(checkpoint.folder / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"armt-{digest.hexdigest()[:12]}"

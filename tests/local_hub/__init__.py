@@ -1,0 +1,7 @@
+"""A Hub on this machine for the tests of `armt publish`: the real client talks to it over HTTP."""
+
+from .client import connected, environment
+from .server import Dropped, LocalHub
+
+
+__all__ = ["Dropped", "LocalHub", "connected", "environment"]

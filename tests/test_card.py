@@ -1,0 +1,370 @@
+"""`armt card`: what a model card says, what it may say, and when there is none."""
+
+import copy
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import evaluated
+import pytest
+from huggingface_hub import ModelCard
+from jinja2 import Environment
+from local_hub.metadata import check_card
+from markdown_it import MarkdownIt
+
+from modeling_armt.conversion.cli import main
+from modeling_armt.conversion.publishing.card import CardError, card_of, render_card
+from modeling_armt.conversion.publishing.facts import gather
+from modeling_armt.conversion.publishing.folders import FolderError, inspect_folder
+from modeling_armt.conversion.publishing.results import ResultsError, check_results
+from modeling_armt.model_cards import TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> Path:
+    """A conversion that was never trained."""
+    folder = tmp_path_factory.mktemp("card") / "fresh"
+    evaluated.checkpoint(folder, trained=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint that was trained and evaluated."""
+    folder = tmp_path_factory.mktemp("card") / "qa1"
+    evaluated.checkpoint(folder)
+    evaluated.evaluated(folder)
+    return folder
+
+
+@pytest.fixture
+def changeable(folder: Path, tmp_path: Path) -> Path:
+    """A copy of that folder to spoil."""
+    return Path(shutil.copytree(folder, tmp_path / "qa1"))
+
+
+@pytest.fixture(scope="module")
+def card(folder: Path) -> str:
+    facts = gather(inspect_folder(folder), repository="ann/qa1", tag="armt-0123456789ab", base="bob/llama")
+    return render_card(facts)
+
+
+def section(card: str, name: str) -> str:
+    return re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", card, flags=re.M | re.S)[1]
+
+
+def numbers(text: str) -> list[str]:
+    """Numbers outside of code, links and names of papers; `d_mem` and `qa1` have none."""
+    text = re.sub(r"```.*?```|`[^`\n]*`|\]\([^)]*\)|arXiv [\d.]+", " ", text, flags=re.S)
+    return re.findall(r"(?<![\w.,-])\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w])", text)
+
+
+def leaves(value: Any) -> list[Any]:
+    """All numbers and texts in a nested value, keys included."""
+    if isinstance(value, dict):
+        return [leaf for pair in value.items() for part in pair for leaf in leaves(part)]
+    if isinstance(value, list):
+        return [leaf for part in value for leaf in leaves(part)]
+    return [value]
+
+
+def sources(folder: Path) -> tuple[list[float], list[str]]:
+    """Every number of the folder's JSON files, and the numbers in their texts, such as dates and versions."""
+    files = [json.loads((folder / name).read_text()) for name in ("results.json", "training.json", "config.json")]
+    found = leaves(files)
+    texts = " ".join(leaf for leaf in found if isinstance(leaf, str))
+    return [float(leaf) for leaf in found if isinstance(leaf, (int, float)) and not isinstance(leaf, bool)], numbers(
+        texts
+    )
+
+
+def is_rounding_of(written: str, value: float) -> bool:
+    """Whether a written number is `value`, or its percentage, to the places that are written."""
+    digits = written.replace(",", "")
+    places = len(digits.partition(".")[2]) if "e" not in digits else 0
+    return any(abs(float(digits) - scaled) <= 0.5 * 10.0**-places + 1e-9 for scaled in (value, 100 * value))
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("name", ["Results", "Speed and memory", "Training", "Model"])
+    def test_are_all_in_the_files(self, card, folder, name):
+        values, texts = sources(folder)
+        found = numbers(section(card, name))
+        assert len(found) >= 4
+        allowed = {"95"}  # the intervals' own percentage
+        invented = [
+            number
+            for number in found
+            if number not in allowed and number not in texts and not any(is_rounding_of(number, v) for v in values)
+        ]
+        assert not invented
+
+    def test_of_the_rest_are_none(self, card):
+        """What the words around the tables claim in numbers would not be measured."""
+        words = "".join(section(card, name) for name in ("Security", "Limits"))
+        assert not numbers(words)
+
+    def test_every_score_of_every_seed_is_shown(self, card, folder):
+        results = json.loads((folder / "results.json").read_text())
+        rows = [line for line in section(card, "Results").splitlines() if line.startswith("|")]
+        for run in results["runs"]:
+            for entry in run["lengths"]:
+                row = next(r for r in rows if r.startswith(f"| {entry['length']} |") and f"| {run['seed']} | " in r)
+                for score in entry["scores"].values():
+                    assert f"{100 * score['mean']:.1f}% [{100 * score['low']:.1f}, {100 * score['high']:.1f}]" in row
+
+    def test_a_score_that_was_not_measured_stays_empty(self, card):
+        rows = [line for line in section(card, "Results").splitlines() if line.startswith("| 4k |")]
+        assert len(rows) == 3
+        assert all(row.endswith("|  |") for row in rows)  # the backbone does not fit
+
+    def test_baselines_are_shown(self, card):
+        assert "| chance | 16.7% |" in card
+        assert "| last location mentioned | 52.7% |" in card
+
+
+class TestText:
+    def test_has_its_sections(self, card):
+        found = re.findall(r"^## (.*)", card, flags=re.M)
+        assert found == [
+            "Use", "Security", "Model", "Training", "Results", "Speed and memory", "Limits", "Citation",
+        ]  # fmt: skip
+
+    @pytest.mark.parametrize("name", ["fresh", "folder"])
+    def test_has_no_empty_section(self, request, name):
+        text = card_of(request.getfixturevalue(name))
+        for part in re.split(r"^## .*", text, flags=re.M)[1:]:
+            assert len(part.strip()) > 80
+        assert "More Information Needed" not in text
+        assert "None" not in text and "undefined" not in text.lower()
+
+    def test_example_pins_the_revision(self, card):
+        code = re.search(r"```python\n(.*?)```", card, flags=re.S)[1]
+        assert 'name, revision = "ann/qa1", "armt-0123456789ab"' in code
+        loads = [line for line in code.splitlines() if "from_pretrained" in line]
+        assert len(loads) == 2
+        assert all("revision=revision" in line for line in loads)
+
+    def test_warns_of_remote_code(self, card):
+        assert "trust_remote_code=True" in section(card, "Security")
+        assert "full\ncommit id" in section(card, "Security")
+
+    def test_explains_every_control_of_its_tables(self, card):
+        for control in ("memory off", "memory swapped", "fact deleted", "backbone"):
+            assert f"- **{control}**: " in section(card, "Results")
+
+    def test_names_the_backbone_and_its_licence(self, card):
+        assert "[bob/llama](https://huggingface.co/bob/llama)" in card
+        assert "apache-2.0, holds for this model too" in card
+
+    def test_shows_the_plots(self, card):
+        assert "![score_by_length.png](score_by_length.png)" in card
+
+    def test_tells_the_recipe_but_not_the_place(self, card):
+        assert "task: babilong" in section(card, "Training")
+        assert "/home/ann" not in card
+
+    def test_untrained_model_says_so(self, fresh):
+        text = card_of(fresh)
+        assert "has not been trained" in text
+        assert "## Training" not in text and "## Results" not in text
+
+    def test_model_without_results_says_so(self, changeable):
+        (changeable / "results.json").unlink()
+        assert "has not been evaluated" in section(card_of(changeable), "Results")
+
+    def test_is_markdown_with_whole_tables(self, card):
+        """Every row of a table has as many cells as its head, which is what makes it one."""
+        html = MarkdownIt("commonmark").enable("table").render(ModelCard(card).text)
+        tables = re.findall(r"<table>.*?</table>", html, flags=re.S)
+        assert len(tables) == 6
+        for table in tables:
+            rows = re.findall(r"<tr>(.*?)</tr>", table, flags=re.S)
+            counts = {len(re.findall(r"<t[hd]", row)) for row in rows}
+            assert len(rows) > 1 and len(counts) == 1
+        outside = re.sub(r"<table>.*?</table>|<pre>.*?</pre>", "", html, flags=re.S)
+        assert "|" not in outside
+
+
+class TestMetadata:
+    @pytest.mark.parametrize("name", ["fresh", "folder"])
+    def test_is_valid_on_the_hub(self, request, name):
+        assert check_card(card_of(request.getfixturevalue(name))) == ([], [])
+
+    def test_says_what_it_is(self, card):
+        data = ModelCard(card).data
+        assert (data.library_name, data.pipeline_tag, data.license) == (
+            "transformers",
+            "text-generation",
+            "apache-2.0",
+        )
+        assert (data.base_model, data.base_model_relation) == ("bob/llama", "finetune")
+        assert {"armt", "custom_code"} <= set(data.tags)
+
+    def test_has_the_scores_of_this_seed_alone(self, card, folder):
+        results = json.loads((folder / "results.json").read_text())
+        entries = {entry["length"]: entry["scores"]["memory"]["mean"] for entry in results["runs"][0]["lengths"]}
+        found = {result.dataset_config: result.metric_value for result in ModelCard(card).data.eval_results}
+        assert found == entries
+
+    def test_folder_name_is_not_a_base_model(self, fresh):
+        """The backbone was a folder of this machine."""
+        assert ModelCard(card_of(fresh)).data.base_model is None
+
+    def test_round_trip_keeps_the_card(self, card):
+        assert str(ModelCard(card)) == card
+
+
+class TestResultsThatMayNotBeShown:
+    """Results come with controls, intervals and every seed, or there is no card."""
+
+    def spoil(self, change) -> str:
+        results = copy.deepcopy(evaluated.results())
+        change(results)
+        with pytest.raises(ResultsError) as error:
+            check_results(results)
+        return str(error.value)
+
+    def test_complete_ones_may(self):
+        check_results(evaluated.results())
+
+    @pytest.mark.parametrize("control", ["memory off", "memory swapped"])
+    def test_without_a_control(self, control):
+        message = self.spoil(lambda results: results["runs"][1]["lengths"][1]["scores"].pop(control))
+        assert f"{control} at 4k of seed 1" in message
+
+    def test_without_the_other_seeds(self):
+        message = self.spoil(lambda results: results.update(runs=results["runs"][:1]))
+        assert "seeds: 3 are needed, measured: 0" in message
+
+    def test_same_seed_three_times(self):
+        message = self.spoil(lambda results: [run.update(seed=7) for run in results["runs"]])
+        assert "measured: 7" in message
+
+    def test_unknown_seed(self):
+        assert "the seed of qa1-seed2" in self.spoil(lambda results: results["runs"][2].update(seed=None))
+
+    def test_length_that_only_some_seeds_have(self):
+        assert "4k of qa1-seed2" in self.spoil(lambda results: results["runs"][2]["lengths"].pop())
+
+    def test_without_chance(self):
+        assert "chance" in self.spoil(lambda results: results["baselines"].pop("chance"))
+
+    def test_without_intervals(self):
+        message = self.spoil(lambda results: results["runs"][0]["lengths"][0]["scores"]["memory"].pop("low"))
+        assert "intervals at 0k of seed 0" in message
+
+    def test_something_else_altogether(self):
+        with pytest.raises(ResultsError, match="not what `armt evaluate` writes"):
+            check_results({"runs": [3]})
+
+    def test_no_card_is_written(self, changeable, capsys, tmp_path):
+        results = evaluated.results()
+        results["runs"] = results["runs"][:1]
+        evaluated.write(changeable / "results.json", results)
+        assert main(["card", str(changeable), "--out", str(tmp_path / "card.md")]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+        assert not (tmp_path / "card.md").exists()
+
+    def test_of_another_model(self, changeable):
+        results = evaluated.results("other")
+        for run in results["runs"]:
+            run["seed"] += 10
+        evaluated.write(changeable / "results.json", results)
+        with pytest.raises(ResultsError, match=r"not of qa1 \(seed 0\), but of other"):
+            card_of(changeable)
+
+
+class TestLossResults:
+    """Tasks without right answers."""
+
+    @pytest.fixture
+    def results(self) -> dict[str, Any]:
+        def losses(start: float) -> list[dict[str, float]]:
+            means = [start - 0.0511 * segment for segment in range(3)]
+            return [{"mean": mean, "low": mean - 0.0213, "high": mean + 0.0219} for mean in means]
+
+        results = evaluated.results()
+        results["task"] = {"name": "text", "options": {}}
+        results["baselines"] = {}
+        for run in results["runs"]:
+            for entry in run["lengths"]:
+                del entry["scores"], entry["by_distance"]
+                entry["loss_by_segment"] = {
+                    "memory": losses(3.1),
+                    "memory off": losses(3.2),
+                    "full attention": losses(3),
+                }
+        return results
+
+    def test_are_shown_by_segment(self, results, changeable):
+        evaluated.write(changeable / "results.json", results)
+        text = section(card_of(changeable), "Results")
+        assert "| 4k | 2 | 1 | 3.049 [3.028, 3.071] | 3.149 [3.128, 3.171] | 2.949 [2.928, 2.971] |" in text
+        assert "Share of right answers" not in text
+
+    def test_need_their_controls(self, results):
+        del results["runs"][0]["lengths"][0]["loss_by_segment"]["full attention"]
+        with pytest.raises(ResultsError, match="full attention at 0k of seed 0"):
+            check_results(results)
+
+
+class TestErrors:
+    def test_field_that_the_facts_do_not_have(self, folder, tmp_path):
+        template = tmp_path / "card.md.jinja"
+        template.write_text(TEMPLATE.read_text() + "\n{{ carbon_footprint }}\n")
+        with pytest.raises(CardError, match="'carbon_footprint' is undefined"):
+            render_card(gather(inspect_folder(folder)), template)
+
+    def test_template_without_metadata(self, folder, tmp_path):
+        (tmp_path / "card.md.jinja").write_text("# {{ name }}\n")
+        with pytest.raises(CardError, match="no metadata"):
+            render_card(gather(inspect_folder(folder)), tmp_path / "card.md.jinja")
+
+    def test_unknown_licence(self, changeable):
+        config = json.loads((changeable / "config.json").read_text())
+        del config["converted_from"]
+        evaluated.write(changeable / "config.json", config)
+        with pytest.raises(FolderError, match="--license"):
+            card_of(changeable)
+        assert ModelCard(card_of(changeable, license="mit")).data.license == "mit"
+
+    def test_licence_that_is_not_the_backbones(self, folder):
+        with pytest.raises(FolderError, match="is apache-2.0, which a fine-tuned model carries on"):
+            card_of(folder, license="mit")
+
+    def test_results_that_are_not_there(self, folder, tmp_path):
+        with pytest.raises(FolderError, match="no results.json"):
+            card_of(folder, results=tmp_path)
+
+    @pytest.mark.parametrize("name", ["results.json", "training.json"])
+    def test_damaged_file(self, changeable, name):
+        (changeable / name).write_text('{"half": ')
+        with pytest.raises(FolderError, match=f"{name} is not JSON"):
+            card_of(changeable)
+
+
+class TestCommand:
+    def test_prints_the_card(self, folder, capsys):
+        assert main(["card", str(folder)]) == 0
+        assert capsys.readouterr().out == card_of(folder) + "\n"
+
+    def test_writes_the_card_and_leaves_the_folder_alone(self, folder, tmp_path):
+        before = evaluated.contents(folder)
+        assert main(["card", str(folder), "--out", str(tmp_path / "card.md")]) == 0
+        assert (tmp_path / "card.md").read_text() == card_of(folder)
+        assert evaluated.contents(folder) == before
+
+    def test_takes_results_from_another_folder(self, changeable, tmp_path):
+        other = tmp_path / "evaluation"
+        other.mkdir()
+        for name in ("results.json", "score_by_length.png"):
+            (changeable / name).rename(other / name)
+        text = card_of(changeable, results=other)
+        assert "| chance | 16.7% |" in text and "score_by_length.png" in text
+
+
+def test_template_is_plain_jinja():
+    Environment().parse(TEMPLATE.read_text(encoding="utf-8"))
