@@ -24,6 +24,7 @@ FIELDS = {
     "precision": (str, "P", "float32 (default), autocast or bfloat16"),
     "seed": (int, "N", "of samples and adapters (default 0)"),
     "eval_steps": (int, "N", "steps between validations (default 50)"),
+    "validation_samples": (int, "N", "samples to validate on (default 500)"),
     "save_steps": (int, "N", "steps between checkpoints (default 500)"),
     "workers": (int, "N", "background processes that make samples (default 2)"),
 }
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from accelerate import PartialState
     from rich.console import Console
 
     from ..training.checkpointing import partial_folder
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
     change_stages(values, args.stages, args.steps, args.until)
     recipe = make_recipe(values, "the options" if file is None else str(file))
     summary = train(recipe, resume=args.resume, command=shlex.join(["armt", *sys.argv[1:]]))
+    if not PartialState().is_main_process:
+        return
     stage = summary["stages"][-1]
     Console(stderr=True).print(
         f"[bold]{recipe.out}[/] is ready after {summary['steps']} steps: validation score {stage['score']:.3f}, loss "

@@ -7,7 +7,7 @@ middle knows how many samples were taken before.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -23,6 +23,9 @@ from .collating import collate
 # Divisible by every allowed number of workers.
 LANES = 8
 
+Draw = Callable[[int, np.random.Generator], np.ndarray]
+"""Takes a number of tokens and a generator, returns so many token ids of some text."""
+
 
 @dataclass
 class StageBatches(IterableDataset):
@@ -36,6 +39,11 @@ class StageBatches(IterableDataset):
         seed: several numbers.
         first: number of the batch to begin with.
         process, processes: of the samples of a batch, each process gets an equal share.
+        background: text that some batches start after.
+        background_lengths: in tokens; one of them for each of these batches.
+        background_share: how many batches these are.
+        plain: short text beside the batch.
+        plain_shape: number of these texts, of all processes together, and their tokens.
     """
 
     task: Task
@@ -45,28 +53,39 @@ class StageBatches(IterableDataset):
     first: int = 0
     process: int = 0
     processes: int = 1
+    background: Draw | None = None
+    background_lengths: list[int] | None = None
+    background_share: float = 0.0
+    plain: Draw | None = None
+    plain_shape: tuple[int, int] = (0, 0)
 
-    def length_of(self, number: int) -> int:
-        """In tokens, of batch `number`."""
-        return self.lengths[int(np.random.default_rng([*self.seed, number]).integers(len(self.lengths)))]
+    def rng(self, number: int) -> np.random.Generator:
+        """For what is drawn for batch `number`, first of all its length."""
+        return np.random.default_rng([*self.seed, number])
+
+    def length_of(self, rng: np.random.Generator) -> int:
+        return self.lengths[int(rng.integers(len(self.lengths)))]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields the tensors of [`collate`] for this process, and `tokens` of the whole batch."""
+        """
+        Yields the tensors of [`collate`] for this process, `tokens`, the number of those of the whole batch, and, if
+        there are such texts, `background` `(1, tokens)` and `plain` `(texts of this process, tokens)`.
+        """
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         # A data loader takes from its workers in turn.
         begin, streams = self.first + worker, {}
         before = range(begin % workers, self.first, workers)
-        taken = Counter((number % LANES, self.length_of(number)) for number in before)
-        size = self.batch_size // self.processes
-        mine = slice(self.process * size, (self.process + 1) * size)
+        taken = Counter((number % LANES, self.length_of(self.rng(number))) for number in before)
         for number in count(begin, workers):
-            key = number % LANES, self.length_of(number)
+            rng = self.rng(number)
+            key = number % LANES, self.length_of(rng)
             if key not in streams:
                 streams[key] = self.stream(*key, skip=taken[key])
             samples = next(streams[key])
+            mine = self.share(self.batch_size)
             batch = collate(samples["input_ids"][mine], samples["labels"][mine])
-            yield batch | {"tokens": sum(map(len, samples["input_ids"]))}
+            yield batch | {"tokens": sum(map(len, samples["input_ids"]))} | self.texts(rng)
 
     def stream(self, lane: int, length: int, skip: int) -> Iterator[dict[str, list]]:
         """Batches of one lane and length, without the first `skip`."""
@@ -76,6 +95,22 @@ class StageBatches(IterableDataset):
         for _ in range(skip):
             next(batches)
         return batches
+
+    def share(self, rows: int) -> slice:
+        """Which of so many rows are this process's."""
+        size = rows // self.processes
+        return slice(self.process * size, (self.process + 1) * size)
+
+    def texts(self, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        texts = {}
+        if self.background is not None and rng.random() < self.background_share:
+            length = self.background_lengths[int(rng.integers(len(self.background_lengths)))]
+            texts["background"] = torch.from_numpy(self.background(length, rng).astype(np.int64))[None]
+        if self.plain is not None:
+            rows, length = self.plain_shape
+            ids = np.stack([self.plain(length, rng) for _ in range(rows)])
+            texts["plain"] = torch.from_numpy(ids[self.share(rows)].astype(np.int64))
+        return texts
 
 
 def load_batches(dataset: StageBatches, workers: int, device: torch.device) -> Iterator[dict[str, Any]]:

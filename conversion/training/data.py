@@ -2,15 +2,19 @@
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..tasks import Task, load_task, task_class
-from .batches import StageBatches, load_batches
+from ..tasks.background import Background
+from .batches import Draw, StageBatches, load_batches
 from .collating import collate
 from .recipe import Recipe
+from .texts import Texts
 
 
 class StageData:
@@ -23,6 +27,7 @@ class StageData:
 
     Attributes:
         exact: whether the task has right answers.
+        segment_sizes: in tokens, by stage.
 
     Raises:
         ValueError: if a stage does not go with the task, such as a length shorter than its facts; with the number of
@@ -39,32 +44,43 @@ class StageData:
     ):
         self.recipe, self.tokenizer = recipe, tokenizer
         self.process, self.processes = process, processes
-        self.segment_sizes, self.tasks, made = [], [], {}
+        self.segment_sizes: list[int] = []
+        self.tasks: list[Task] = []
+        self.validations: list[list[dict[str, torch.Tensor]]] = []
+        distillation, background = recipe.distillation, recipe.background
+        self.plain = None if distillation is None else self.texts(distillation.source)
+        self.background = None if background is None or background.source is None else self.texts(background.source)
+        made: dict[str, Task] = {}
         for number, stage in enumerate(recipe.stages):
             segment_size = stage.segment_size or segment_size
-            self.segment_sizes.append(segment_size)
             options = recipe.task_options | stage.task_options
             if str(options) not in made:
                 made[str(options)] = self.make_task(options)
+            self.segment_sizes.append(segment_size)
             self.tasks.append(made[str(options)])
-            self.check(number)
+            try:
+                self.check(number)
+                self.validations.append(self.make_validation(number))
+            except ValueError as error:
+                raise ValueError(f"stage {number + 1}: {error}") from error
         self.exact = self.tasks[0].exact
-        self.validations: dict[int, list[dict[str, torch.Tensor]]] = {}
+
+    def texts(self, source: str) -> Texts:
+        return Texts(source, self.needed_tokenizer())
+
+    def needed_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError(f"{self.recipe.model} has no tokenizer, which text needs.")
+        return self.tokenizer
 
     def make_task(self, options: dict[str, Any]) -> Task:
         known = inspect.signature(task_class(self.recipe.task)).parameters
         given = {}
         if "tokenizer" in known:
-            if self.tokenizer is None:
-                raise ValueError(f"the task {self.recipe.task!r} needs a tokenizer, but {self.recipe.model} has none.")
-            given["tokenizer"] = self.tokenizer
+            given["tokenizer"] = self.needed_tokenizer()
         if "vary" in known:
             given["vary"] = False  # a batch has one length, which is drawn here
         return load_task(self.recipe.task, **given | options)
-
-    def segment_size(self, number: int) -> int:
-        """Tokens of a segment in stage `number`."""
-        return self.segment_sizes[number]
 
     def lengths(self, number: int) -> list[int]:
         """In tokens, that samples of stage `number` may have, in ascending order."""
@@ -80,43 +96,76 @@ class StageData:
         return [task.length(pairs) for pairs in sizes]
 
     def check(self, number: int) -> None:
-        """Makes a sample of the shortest and of the longest kind, so that what cannot work fails now."""
-        try:
-            lengths = self.lengths(number)
-            for length in {lengths[0], lengths[-1]}:
-                next(iter(self.tasks[number].train(length)))
-            next(iter(self.tasks[number].validation(lengths[-1], 1)))
-        except ValueError as error:
-            raise ValueError(f"stage {number + 1}: {error}") from error
+        """Refuses a stage that would fail later: batches that cannot be shared, lengths that are too short."""
+        rows, passes = self.rows(number), self.passes(number)
+        if rows * passes * self.processes != self.recipe.batch_size:
+            raise ValueError(
+                f"batch_size {self.recipe.batch_size} cannot be divided by {self.processes} processes and "
+                f"gradient_accumulation {passes}."
+            )
+        if self.plain is not None and self.recipe.distillation.batch_size % self.processes:
+            raise ValueError(f"distillation.batch_size cannot be divided by {self.processes} processes.")
+        self.background_of(number)
+        lengths = self.lengths(number)
+        for length in {lengths[0], lengths[-1]}:
+            next(iter(self.tasks[number].train(length)))
 
-    def train(self, number: int, first: int, device: torch.device) -> Iterator[dict[str, Any]]:
-        """This process's share of the batches of stage `number`, from batch `first` on."""
-        recipe = self.recipe
-        dataset = StageBatches(
-            self.tasks[number],
-            self.lengths(number),
-            recipe.batch_size,
-            (recipe.seed, number),
-            first,
-            self.process,
-            self.processes,
-        )
-        return load_batches(dataset, recipe.workers, device)
-
-    def validation(self, number: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's share of the validation samples at the limit of stage `number`, in batches."""
-        if number not in self.validations:
-            samples = list(self.tasks[number].validation(self.lengths(number)[-1], self.recipe.validation_samples))
-            mine = samples[self.process :: self.processes]
-            size = self.rows(number)
-            self.validations = {number: []}  # those of stages that are over are not needed again
-            for start in range(0, len(mine), size):
-                part = mine[start : start + size]
-                batch = collate([s["input_ids"] for s in part], [s["labels"] for s in part])
-                self.validations[number].append({name: tensor.to(device) for name, tensor in batch.items()})
-        yield from self.validations[number]
+    def passes(self, number: int) -> int:
+        """Of gradient accumulation in stage `number`."""
+        return self.recipe.stages[number].gradient_accumulation or self.recipe.gradient_accumulation
 
     def rows(self, number: int) -> int:
         """Samples that go through the model at once on one device in stage `number`."""
-        passes = self.recipe.stages[number].gradient_accumulation or self.recipe.gradient_accumulation
-        return self.recipe.batch_size // self.processes // passes
+        return self.recipe.batch_size // self.processes // self.passes(number)
+
+    def background_of(self, number: int) -> tuple[Draw | None, int]:
+        """Where the text before the samples of stage `number` comes from, and how many segments it has at most."""
+        if self.recipe.background is None:
+            return None, 0
+        segments = self.recipe.stages[number].background_segments
+        segments = self.recipe.background.segments if segments is None else segments
+        if not segments:
+            return None, 0
+        if self.background is not None:
+            return self.background.draw, segments
+        of_task = getattr(self.tasks[number], "background", None)
+        if of_task is None:
+            raise ValueError("background needs a source: the task of this stage has no background text of its own.")
+        return partial(draw_from, of_task), segments
+
+    def train(self, number: int, first: int, device: torch.device) -> Iterator[dict[str, Any]]:
+        """This process's share of the batches of stage `number`, from batch `first` on; see [`StageBatches`]."""
+        recipe, segment_size = self.recipe, self.segment_sizes[number]
+        background, segments = self.background_of(number)
+        dataset = StageBatches(
+            task=self.tasks[number],
+            lengths=self.lengths(number),
+            batch_size=recipe.batch_size,
+            seed=(recipe.seed, number),
+            first=first,
+            process=self.process,
+            processes=self.processes,
+            background=background,
+            background_lengths=[n * segment_size for n in range(1, segments + 1)],
+            background_share=recipe.background.share if background else 0.0,
+        )
+        if self.plain is not None:
+            dataset.plain = self.plain.draw
+            dataset.plain_shape = recipe.distillation.batch_size, recipe.distillation.tokens or segment_size
+        return load_batches(dataset, recipe.workers, device)
+
+    def make_validation(self, number: int) -> list[dict[str, torch.Tensor]]:
+        samples = list(self.tasks[number].validation(self.lengths(number)[-1], self.recipe.validation_samples))
+        mine, size = samples[self.process :: self.processes], self.rows(number)
+        parts = [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [collate([s["input_ids"] for s in part], [s["labels"] for s in part]) for part in parts]
+
+    def validation(self, number: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's share of the validation samples at the limit of stage `number`, in batches."""
+        for batch in self.validations[number]:
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def draw_from(background: Background, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Text of the books for training of the task `babilong`."""
+    return background.draw("train", count, rng)[0]

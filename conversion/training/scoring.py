@@ -43,7 +43,7 @@ def totals(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], exact: 
     Returns:
         `(4,)` float64: right answers, samples, loss, tokens that have a loss.
     """
-    total = None
+    total = torch.zeros(4, dtype=torch.float64, device=next(model.parameters()).device)
     for batch in batches:
         tokens = (batch["labels"][:, 1:] != -100).sum()
         if exact:
@@ -53,6 +53,5 @@ def totals(model: nn.Module, batches: Iterable[dict[str, torch.Tensor]], exact: 
             loss = model(**batch, return_logits=False, use_cache=False).loss * tokens
             right = torch.zeros_like(tokens)
         count = torch.full_like(tokens, len(batch["labels"]))
-        new = torch.stack([value.to(tokens.device, torch.float32) for value in (right, count, loss, tokens)]).double()
-        total = new if total is None else total + new
+        total += torch.stack([value.to(total.device, torch.float32) for value in (right, count, loss, tokens)])
     return total

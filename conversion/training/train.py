@@ -1,6 +1,7 @@
 """`armt train`: from a recipe to a folder with what was trained and how."""
 
 import json
+import os
 import platform
 import shutil
 from datetime import UTC, datetime
@@ -49,18 +50,15 @@ def train(recipe: Recipe, resume: bool = False, command: str | None = None) -> d
     """
     if recipe.out is None:
         raise ValueError("the recipe has no out, the folder to write: add it, or pass --out.")
-    processes = PartialState()
+    processes = PartialState(cpu=not torch.accelerator.is_available())  # lets CPUs have several processes too
     out = Path(recipe.out)
     check_out(out)
     folder = partial_folder(out)
     model, tokenizer = load_model(recipe)
-    if recipe.batch_size % processes.num_processes:
-        raise ValueError(f"batch_size {recipe.batch_size} cannot be shared by {processes.num_processes} processes.")
     with processes.main_process_first():  # what a task caches is made once
         data = StageData(
             recipe, model.config.segment_size, tokenizer, processes.process_index, processes.num_processes
         )
-    check_passes(recipe, data)
     set_seed(recipe.seed)
     model = make_trainable(recipe, model, data.segment_sizes)
     with processes.main_process_first():
@@ -73,6 +71,7 @@ def train(recipe: Recipe, resume: bool = False, command: str | None = None) -> d
     trainer = CurriculumTrainer(
         data, curriculum, model=model, args=training_arguments(recipe, curriculum, folder), processing_class=tokenizer
     )
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in workers that are forked from now on
     try:
         trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
     except Exception as error:
@@ -122,17 +121,6 @@ def load_model(recipe: Recipe) -> tuple[ARMTForCausalLM, PreTrainedTokenizerBase
     return model, tokenizer
 
 
-def check_passes(recipe: Recipe, data: StageData) -> None:
-    """Refuses batches that the processes cannot work through in equal parts."""
-    for number in range(len(recipe.stages)):
-        passes = recipe.stages[number].gradient_accumulation or recipe.gradient_accumulation
-        if data.rows(number) * passes * data.processes != recipe.batch_size:
-            raise ValueError(
-                f"batch_size {recipe.batch_size} cannot be divided by {data.processes} processes and "
-                f"gradient_accumulation {passes}."
-            )
-
-
 def make_trainable(recipe: Recipe, model: ARMTForCausalLM, segment_sizes: list[int]) -> ARMTForCausalLM | PeftModel:
     """Adapters, or gradients where the recipe's method wants them; compiled if it says so."""
     if recipe.compile:
@@ -163,6 +151,7 @@ def summarize(recipe: Recipe, trainer: CurriculumTrainer, command: str | None) -
         "stages": stages,
         "steps": trainer.state.global_step,
         "loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "divergence": [[entry["step"], entry["divergence"]] for entry in history if "divergence" in entry],
         "tokens": curriculum.tokens,
         "seconds": seconds,
         "tokens_per_s": curriculum.tokens / max(seconds, 1e-9),
@@ -186,6 +175,7 @@ def save(
     """Writes the finished folder, and removes that of the unfinished run."""
     with staged_folder(out) as finished:
         model.save_pretrained(finished)
+        (finished / "README.md").unlink(missing_ok=True)  # PEFT's form, with nothing filled in
         if tokenizer is not None:
             tokenizer.save_pretrained(finished)
         (finished / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

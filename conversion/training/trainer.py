@@ -1,7 +1,8 @@
 """The stock Trainer, following a curriculum."""
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,36 +13,39 @@ from transformers import Trainer, TrainingArguments
 from ..adapters import parameter_groups
 from ..checkpoints import armt_model
 from .curriculum import Curriculum
+from .data import StageData
+from .distillation import Teacher, divergence
+from .recipe import Recipe
 from .scoring import totals
 
 
 class CurriculumTrainer(Trainer):
     """
     What a curriculum adds to the Trainer: batches of the stage that the run is in, validation by teacher forcing, a
-    learning rate of its own for the memory, and the loss of long texts without their logits.
+    learning rate of its own for the memory, the loss of long texts without their logits, memories that begin with
+    something in them, and distillation.
 
     Args:
-        data: makes the batches of a stage, see [`StageData`].
+        data: makes the batches.
         curriculum: also a callback of this Trainer.
         kwargs: of the Trainer.
     """
 
-    def __init__(self, data, curriculum: Curriculum, **kwargs):
+    def __init__(self, data: StageData, curriculum: Curriculum, **kwargs):
         self.data, self.curriculum, self.recipe = data, curriculum, curriculum.recipe
         super().__init__(callbacks=[curriculum], **kwargs)
+        self.teacher = None if self.recipe.distillation is None else Teacher(self.model)
+        self.divergences: list[torch.Tensor] = []  # since the last entry of the log
 
     # Data
 
     def get_train_dataloader(self) -> Iterator[dict[str, Any]]:
-        return self.stage_batches()
-
-    def stage_batches(self) -> Iterator[dict[str, Any]]:
         """Batches of the current stage, whichever it is when the next one is asked for."""
         curriculum, batches, of_stage = self.curriculum, None, None
         while True:
             if of_stage != curriculum.number:
                 of_stage, batches = curriculum.number, None  # ends the workers of the stage before
-                armt_model(self.model).config.segment_size = self.data.segment_size(of_stage)
+                armt_model(self.model).config.segment_size = self.data.segment_sizes[of_stage]
                 done = self.state.global_step - curriculum.started
                 batches = self.data.train(of_stage, done, self.args.device)
             batch = next(batches)
@@ -63,15 +67,21 @@ class CurriculumTrainer(Trainer):
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda step: self.curriculum.rate(step))
         return self.lr_scheduler
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        stage = self.curriculum.stage
-        passes = stage.gradient_accumulation or self.recipe.gradient_accumulation
+    def training_step(self, model, inputs: dict[str, torch.Tensor], num_items_in_batch=None) -> torch.Tensor:
+        """One batch in as many passes as the stage wants; processes wait for each other only in the last one."""
+        background, plain = inputs.pop("background", None), inputs.pop("plain", None)
+        memory = None if background is None else self.read(background)
+        if plain is not None:
+            with self.accelerator.no_sync(model):
+                self.distill(model, plain)
+        passes = self.data.passes(self.curriculum.number)
         chunks = {name: tensor.chunk(passes) for name, tensor in inputs.items()}
-        parts = [{name: of[i] for name, of in chunks.items()} for i in range(passes)]
         loss = 0.0
-        for number, part in enumerate(parts, start=1):
-            last = number == len(parts)
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+        for number in range(passes):
+            part = {name: of[number] for name, of in chunks.items()}
+            if memory is not None:
+                part["past_key_values"] = memory.fork()
+            with nullcontext() if number == passes - 1 else self.accelerator.no_sync(model):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
         return loss
 
@@ -79,8 +89,28 @@ class CurriculumTrainer(Trainer):
         how = {"bptt_segments": self.recipe.bptt_segments, "schedule": self.recipe.schedule, "return_logits": False}
         return super().compute_loss(model, inputs | how, return_outputs, num_items_in_batch)
 
+    def read(self, background: torch.Tensor):
+        """The memory that a `(1, tokens)` text leaves behind, without gradients."""
+        self.model.train()
+        with self.accelerator.autocast():
+            return armt_model(self.model).read(background, schedule=self.recipe.schedule).past_key_values
+
+    def distill(self, model, plain: torch.Tensor) -> None:
+        """Gradients of the divergence from the untouched backbone on `(B, T)` text no longer than a segment."""
+        model.train()
+        with self.accelerator.autocast():
+            loss = divergence(model(input_ids=plain, use_cache=False).logits, self.teacher.logits(plain))
+        self.accelerator.backward(self.recipe.distillation.weight * loss)
+        self.divergences.append(loss.detach())
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # the stock estimate knows nothing of segments, and counts parameters in every step
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.divergences:
+            mean = self.accelerator.reduce(torch.stack(self.divergences).mean(), "mean")
+            logs, self.divergences = logs | {"divergence": mean.item()}, []
+        super().log(logs, start_time)
 
     # Validation
 
@@ -97,13 +127,15 @@ class CurriculumTrainer(Trainer):
         return metrics
 
 
-def training_arguments(recipe, curriculum: Curriculum, folder) -> TrainingArguments:
+def training_arguments(recipe: Recipe, curriculum: Curriculum, folder: Path) -> TrainingArguments:
     """The Trainer's arguments for a recipe; `folder` is where its checkpoints go."""
     cuda = torch.cuda.is_available()
+    processes = PartialState().num_processes
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=curriculum.max_steps,
-        per_device_train_batch_size=recipe.batch_size // PartialState().num_processes,
+        per_device_train_batch_size=recipe.batch_size // processes,
+        use_cpu=not torch.accelerator.is_available(),
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision != "float32",
         tf32=recipe.tf32 if cuda and torch.cuda.get_device_capability()[0] >= 8 else None,
