@@ -53,5 +53,5 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "Adding the test tools to $(VENV)"
-	@$(PIP) --quiet --editable '.[quant]' --group dev
+	@$(PIP) --quiet --editable '.[quant,serve]' --group dev
 	@touch $@

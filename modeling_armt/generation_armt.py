@@ -104,6 +104,7 @@ class ARMTGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids, past_key_values=None, inputs_embeds=None, attention_mask=None, **kwargs
     ):
+        kwargs.pop("tokenizer", None)  # generate hands on what it needs for stop strings
         finished = _finished_rows.get()
         generated = past_key_values is not None and finished is not None and finished.started
         if generated:

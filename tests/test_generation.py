@@ -9,10 +9,11 @@ from families import EOS, PAD, SEGMENT_SIZE, VOCABULARY, random_ids, tiny_model
 from helpers import difference, examples, pad_left, pad_right
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+from transformers import AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from modeling_armt import ARMTCache, ARMTForCausalLM
+from modeling_armt.conversion.demo import BACKBONE
 
 
 NEW = 2 * SEGMENT_SIZE + 3  # new tokens: over at least two segment borders
@@ -122,6 +123,14 @@ def test_a_streamer_gets_every_token_once(model):
     output = generate(model, random_ids(1, 5), streamer=streamer)
     assert streamer.tokens == output[0].tolist()
     assert streamer.ended
+
+
+def test_a_stop_string_ends_a_text(model):
+    tokenizer = AutoTokenizer.from_pretrained(BACKBONE)  # its first ids are single characters
+    prompt = random_ids(1, SEGMENT_SIZE + 3)
+    reply = generate(model, prompt)[0, prompt.shape[1] :].tolist()
+    output = generate(model, prompt, stop_strings=tokenizer.decode(reply[5]), tokenizer=tokenizer)
+    assert output[0, prompt.shape[1] :].tolist() == reply[: reply.index(reply[5]) + 1]
 
 
 @every_model

@@ -1,0 +1,541 @@
+"""
+`armt serve`: the official client of OpenAI talks to a real server.
+
+The model is tiny and random, with memories that matter: what it answers depends on what it read 100 segments ago. An
+answer is right if it is what the model generates after the whole conversation, read afresh.
+"""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from modeling_armt import ARMTCache, ARMTForCausalLM
+from modeling_armt.conversion.cli import main
+from modeling_armt.conversion.demo import BACKBONE
+
+
+pytest.importorskip("fastapi", reason="needs the extra: pip install 'modeling-armt[serve]'")
+openai = pytest.importorskip("openai", reason="needs the extra: pip install 'modeling-armt[serve]'")
+uvicorn = pytest.importorskip("uvicorn", reason="needs the extra: pip install 'modeling-armt[serve]'")
+
+from modeling_armt.conversion.serving.serve import listen  # noqa: E402 (needs the extra)
+from modeling_armt.conversion.serving.server import build_app  # noqa: E402
+from modeling_armt.conversion.serving.sessions import Session, Sessions, common_length  # noqa: E402
+
+
+SEGMENT_SIZE = 8
+TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}[assistant]"
+FACTS = {name: f"{name} has the {thing}. " for name, thing in {"Mary": "gold", "John": "letter"}.items()}
+TEXT = "It was a fine day, and nobody thought of the war. " * 6
+LONG = TEXT * 10  # more than 100 segments
+TOO_LONG = 100_000  # tokens of a reply that would take far longer than a test may
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> ARMTForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    backbone = LlamaForCausalLM(config).eval()
+    for parameter in backbone.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model = ARMTForCausalLM.from_backbone(backbone, segment_size=SEGMENT_SIZE, num_mem_tokens=2, d_mem=16)
+    for memory in model.memory.values():
+        torch.nn.init.normal_(memory.memory_value.weight, std=0.1)
+    # Whole words only, which come back from a client as the tokens that they were.
+    words = [i for i in range(len(tokenizer)) if re.fullmatch(" [a-z]+", tokenizer.decode([i]))]
+    words = {i for i in words if tokenizer(tokenizer.decode([i]))["input_ids"] == [i]}
+    model.generation_config.suppress_tokens = sorted(set(range(len(tokenizer))) - words)
+    return model
+
+
+class Served:
+    """A server in a thread, and how to talk to it."""
+
+    def __init__(self, port: int):
+        self.url = f"http://127.0.0.1:{port}/v1"
+        self.port = port
+        self.client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
+
+    def chat(self, messages: list[dict], stream: bool = False, tokens: int = 12, **options) -> tuple[str, object]:
+        """The reply and its usage."""
+        options = {"model": "tiny", "messages": messages, "max_tokens": tokens, "temperature": 0, **options}
+        if not stream:
+            answer = self.client.chat.completions.create(**options)
+            return answer.choices[0].message.content, answer.usage
+        text, usage = "", None
+        for chunk in self.client.chat.completions.create(**options, stream=True):
+            text += chunk.choices[0].delta.content or ""
+            usage = chunk.usage or usage
+        return text, usage
+
+    def still_answers(self) -> bool:
+        return bool(self.chat([user("Are you there?")], tokens=2)[0])
+
+
+@contextmanager
+def served(model, tokenizer, **limits) -> Iterator[Served]:
+    listener = listen("127.0.0.1", 0)
+    app = build_app(model, tokenizer, "tiny", **limits)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    served = Served(listener.getsockname()[1])
+    try:
+        yield served
+    finally:
+        served.client.close()
+        server.should_exit = True
+        thread.join(30)
+        listener.close()
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def server(model, tokenizer) -> Iterator[Served]:
+    with served(model, tokenizer) as server:
+        yield server
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+def read_afresh(model, tokenizer, messages: list[dict], tokens: int = 12) -> str:
+    """What the model says to a conversation that it reads from its start."""
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+    return tokenizer.decode(model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :])
+
+
+def cached(usage) -> int:
+    return usage.prompt_tokens_details.cached_tokens
+
+
+class TestSessions:
+    """What is kept of conversations, and what is found again."""
+
+    @pytest.fixture
+    def sessions(self, tokenizer) -> Sessions:
+        return Sessions(max_sessions=3, max_bytes=2**30, decode=tokenizer.decode)
+
+    @staticmethod
+    def memory(size: int = 1) -> ARMTCache:
+        cache = ARMTCache()
+        cache.last_hidden = torch.zeros(1, size)
+        return cache
+
+    def session(self, ids: list[int], reply: int, size: int = 1, branches: tuple[int, ...] = ()) -> Session:
+        """One that has a memory before and after a reply of so many ids."""
+        memories = {len(ids) - reply - 1: self.memory(size), len(ids): self.memory(size)}
+        return Session(torch.tensor(ids), len(ids) - reply, memories, {n: self.memory(size) for n in branches})
+
+    def test_a_prompt_that_goes_on_starts_at_the_end(self, sessions):
+        session = self.session([1, 2, 3, 4], reply=1)
+        sessions.keep(session)
+        start = sessions.find(torch.tensor([1, 2, 3, 4, 5]))
+        assert (start.length, start.cache, start.session) == (4, session.memories[4], session)
+
+    def test_the_last_id_of_a_prompt_is_always_read(self, sessions):
+        sessions.keep(self.session([1, 2, 3, 4], reply=1))
+        assert sessions.find(torch.tensor([1, 2, 3, 4])).length == 2
+
+    def test_another_prompt_starts_from_nothing(self, sessions):
+        sessions.keep(self.session([1, 2, 3, 4], reply=1))
+        start = sessions.find(torch.tensor([9, 2, 3, 4, 5]))
+        assert (start.length, start.session, start.cache.is_initialized) == (0, None, False)
+
+    def test_another_reply_starts_before_the_reply(self, sessions):
+        sessions.keep(self.session([1, 2, 3, 4, 5], reply=2))
+        start = sessions.find(torch.tensor([1, 2, 3, 9, 5, 6]))
+        assert (start.length, start.session) == (2, None)
+
+    def test_says_how_much_of_a_prompt_was_read_without_a_memory_of_it(self, sessions):
+        sessions.keep(self.session([1, 2, 3, 4, 5, 6], reply=1))
+        start = sessions.find(torch.tensor([1, 2, 9, 9]))
+        assert (start.length, start.shared) == (0, 2)
+
+    def test_branches_are_handed_on(self, sessions):
+        session = self.session([1, 2, 3, 4, 5, 6], reply=1, branches=(2,))
+        sessions.keep(session)
+        assert sessions.find(torch.tensor([1, 2, 3, 4, 5, 6, 7])).branches == session.branches
+        assert sessions.find(torch.tensor([1, 2, 9, 9])).branches == session.branches
+
+    def test_a_reply_in_other_tokens_is_the_same_reply(self, sessions, tokenizer):
+        text = " nobody thought"
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        letters = [token for letter in text for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+        assert tokenizer.decode(letters) == text and letters != whole
+        sessions.keep(self.session([7, 8, 9, *letters], reply=len(letters)))
+        assert sessions.find(torch.tensor([7, 8, 9, *whole, 5])).length == 3 + len(whole)
+        assert sessions.find(torch.tensor([7, 8, 9, *whole[:-1], 5, 5, 5])).length == 2
+
+    def test_keeps_a_conversation_once(self, sessions):
+        first = self.session([1, 2, 3, 4], reply=1)
+        sessions.keep(first)
+        sessions.keep(self.session([1, 2, 3, 4, 5, 6], reply=1), instead_of=first)
+        assert len(sessions) == 1
+
+    def test_forgets_what_was_not_used_for_longest(self, sessions):
+        for number in range(3):
+            sessions.keep(self.session([number, 1, 2, 3], reply=1))
+        sessions.find(torch.tensor([0, 1, 2, 3, 4]))
+        sessions.keep(self.session([3, 1, 2, 3], reply=1))
+        found = [sessions.find(torch.tensor([number, 1, 2, 3, 4])).length for number in range(4)]
+        assert found == [4, 0, 4, 4]
+
+    def test_bytes_are_bounded(self, tokenizer):
+        sessions = Sessions(max_sessions=100, max_bytes=5 * 2 * 4096, decode=tokenizer.decode)
+        for number in range(10):
+            sessions.keep(self.session([number, 1, 2, 3], reply=1, size=1024))
+        assert len(sessions) == 5 and sessions.num_bytes() == sessions.max_bytes
+
+    def test_what_is_shared_counts_once(self, sessions):
+        session = self.session([1, 2, 3, 4], reply=1, size=1024)
+        sessions.keep(session)
+        sessions.keep(Session(session.ids, 3, {n: cache.fork() for n, cache in session.memories.items()}, {}))
+        assert sessions.num_bytes() == 2 * 4096
+
+    @pytest.mark.parametrize(
+        "a, b, length", [([1, 2], [1, 2, 3], 2), ([1, 2], [1, 3], 1), ([1], [2], 0), ([], [1], 0)]
+    )
+    def test_common_length(self, a, b, length):
+        assert common_length(torch.tensor(a), torch.tensor(b)) == length
+
+
+class TestAnswers:
+    def test_the_model_is_listed(self, server):
+        assert [model.id for model in server.client.models.list()] == ["tiny"]
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_an_answer_is_the_models(self, server, model, tokenizer, stream):
+        messages = [user(FACTS["Mary"] + TEXT)]
+        assert server.chat(messages, stream)[0] == read_afresh(model, tokenizer, messages)
+
+    def test_completions_go_on_with_a_text(self, server, model, tokenizer):
+        options = {"model": "tiny", "max_tokens": 12, "temperature": 0}
+        first = server.client.completions.create(prompt=TEXT, **options)
+        ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
+        expected = model.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        assert first.choices[0].text == tokenizer.decode(expected)
+        prompt = TEXT + first.choices[0].text + " And then"
+        chunks = list(server.client.completions.create(prompt=prompt, stream=True, **options))
+        assert cached(first.usage) == 0
+        assert cached(chunks[-1].usage) == first.usage.total_tokens
+
+    def test_two_interleaved_sessions_answer_each_with_its_own(self, server, model, tokenizer):
+        """Their facts lie more than 100 segments back, and only a session's memory still knows them. One streams."""
+        talks = {name: [user(fact + LONG)] for name, fact in FACTS.items()}
+        for name, talk in talks.items():
+            talk.append(assistant(server.chat(talk, stream=name == "Mary")[0]))
+        for name, talk in talks.items():
+            talk.append(user("Who has it?"))
+            reply, usage = server.chat(talk, stream=name == "Mary")
+            assert cached(usage) >= 100 * SEGMENT_SIZE
+            assert reply == read_afresh(model, tokenizer, talk)
+            talk.append(assistant(reply))
+        assert talks["Mary"][-1] != talks["John"][-1]
+
+    def test_a_second_turn_reads_only_its_own_tokens(self, server, tokenizer):
+        messages = [user(TEXT)]
+        reply, first = server.chat(messages)
+        messages += [assistant(reply), user("Why?")]
+        second = server.chat(messages)[1]
+        own = len(tokenizer("\n[user]Why?\n[assistant]")["input_ids"])
+        assert second.prompt_tokens - cached(second) == own
+        assert cached(first) == 0
+
+    def test_a_reply_may_be_asked_for_again(self, server):
+        messages = [user(TEXT)]
+        first, usage = server.chat(messages)
+        again, usage_again = server.chat(messages)
+        assert again == first
+        assert cached(usage_again) == usage.prompt_tokens - 1
+
+    def test_the_last_message_may_be_changed(self, server, model, tokenizer):
+        messages = [user(TEXT)]
+        reply, first = server.chat(messages)
+        server.chat([*messages, assistant(reply), user("Why?")])
+        changed = [*messages, assistant(reply), user("When was that?")]
+        answer, usage = server.chat(changed)
+        assert answer == read_afresh(model, tokenizer, changed)
+        assert cached(usage) == first.total_tokens
+
+    def test_the_third_question_about_a_text_reads_only_itself(self, server, model, tokenizer):
+        """The second one shows where conversations about this text part."""
+        usages = []
+        for question in ("Who went?", "When was that?", "And why?", "Was it cold?"):
+            messages = [user(TEXT + question)]
+            answer, usage = server.chat(messages)
+            assert answer == read_afresh(model, tokenizer, messages)
+            usages.append(usage)
+        text = len(tokenizer("[user]" + TEXT)["input_ids"])
+        assert [cached(usage) > text - 3 for usage in usages] == [False, False, True, True]
+
+    def test_a_forgotten_session_is_read_afresh(self, model, tokenizer):
+        with served(model, tokenizer, max_sessions=1) as server:
+            messages = [user(TEXT)]
+            reply, _ = server.chat(messages)
+            server.chat([user("Something else.")])
+            messages += [assistant(reply), user("Why?")]
+            answer, usage = server.chat(messages)
+            assert answer == read_afresh(model, tokenizer, messages)
+            assert cached(usage) == 0
+
+    def test_fifty_at_once(self, server, model, tokenizer):
+        talks = [[user(f"{name} has {number}. Hello!")] for number in range(25) for name in FACTS]
+
+        async def ask() -> list[str]:
+            async with openai.AsyncOpenAI(base_url=server.url, api_key="none", max_retries=0) as client:
+                options = {"model": "tiny", "max_tokens": 4, "temperature": 0}
+                answers = [client.chat.completions.create(messages=talk, **options) for talk in talks]
+                return [answer.choices[0].message.content for answer in await asyncio.gather(*answers)]
+
+        assert asyncio.run(ask()) == [read_afresh(model, tokenizer, talk, tokens=4) for talk in talks]
+
+    def test_a_reply_ends_at_a_stop_string(self, server, model, tokenizer):
+        messages = [user("Hello!")]
+        whole = read_afresh(model, tokenizer, messages)
+        stop = whole[len(whole) // 2 :][:4]
+        reply, _ = server.chat(messages, stop=stop)
+        assert stop in reply and whole.startswith(reply) and reply != whole
+
+
+class TestClientsThatLeave:
+    def test_a_cancelled_stream_ends_its_generation(self, server):
+        stream = server.client.chat.completions.create(
+            model="tiny", messages=[user("Hello!")], max_tokens=TOO_LONG, stream=True
+        )
+        texts = (chunk.choices[0].delta.content for chunk in stream)
+        assert next(text for text in texts if text)
+        stream.close()
+        assert server.still_answers()
+
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_a_killed_client_ends_its_generation(self, server, stream):
+        script = (
+            "import openai, sys\n"
+            "client = openai.OpenAI(base_url=sys.argv[1], api_key='none', max_retries=0)\n"
+            "messages = [{'role': 'user', 'content': 'Hello!'}]\n"
+            "print('asks', flush=True)\n"
+            f"answer = client.chat.completions.create(model='tiny', messages=messages, max_tokens={TOO_LONG}, "
+            f"stream={stream})\n"
+            "print(list(answer))\n"
+        )
+        client = subprocess.Popen([sys.executable, "-c", script, server.url], stdout=subprocess.PIPE, text=True)
+        assert client.stdout.readline() == "asks\n"
+        time.sleep(1)
+        client.kill()
+        assert client.communicate()[0] == ""
+        assert server.still_answers()
+
+    def test_a_client_that_leaves_while_it_waits_is_not_answered(self, server):
+        stream = server.client.chat.completions.create(
+            model="tiny", messages=[user("Hello!")], max_tokens=TOO_LONG, stream=True
+        )
+        next(iter(stream))
+        with pytest.raises(openai.APITimeoutError):
+            server.client.with_options(timeout=0.5).chat.completions.create(
+                model="tiny", messages=[user("And I?")], max_tokens=TOO_LONG
+            )
+        stream.close()
+        assert server.still_answers()
+
+    def test_half_a_request(self, server):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n{")
+        assert server.still_answers()
+
+
+class TestLimits:
+    def test_a_request_that_is_too_large(self, model, tokenizer):
+        with served(model, tokenizer, max_body=2**20) as server:
+            with pytest.raises(openai.APIStatusError, match=r"larger than 1,048,576 bytes") as error:
+                server.chat([user("a" * 2 * 2**20)])
+            assert error.value.status_code == 413
+            assert server.still_answers()
+
+    def test_a_full_server_says_so(self, model, tokenizer):
+        with served(model, tokenizer, max_requests=2) as server:
+            options = {"model": "tiny", "messages": [user("Hello!")], "max_tokens": TOO_LONG, "stream": True}
+            streams = [server.client.chat.completions.create(**options) for _ in range(2)]
+            with pytest.raises(openai.RateLimitError, match="the server is full: 2 requests") as error:
+                server.chat([user("And I?")])
+            assert error.value.response.headers["retry-after"] == "1"
+            for stream in streams:
+                stream.close()
+            # The official client tries again by itself.
+            patient = server.client.with_options(max_retries=5)
+            assert patient.chat.completions.create(model="tiny", messages=[user("Now?")], max_tokens=1).choices
+
+    @pytest.mark.parametrize("limit", ["max_sessions", "session_bytes", "max_requests", "max_body"])
+    def test_limits_must_be_positive(self, model, tokenizer, limit):
+        with pytest.raises(ValueError, match=f"{limit} is 0; it must be at least 1"):
+            build_app(model, tokenizer, "tiny", **{limit: 0})
+
+
+class TestBadRequests:
+    BAD = {
+        "no messages": ({"messages": []}, "messages must be a list of at least one message"),
+        "no role": ({"messages": [{"content": "Hello"}]}, r"messages\[0\] must be an object with a role"),
+        "a picture": (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            r"the content of messages\[0\] must be text or a list of text parts",
+        ),
+        "another model": ({"model": "gpt-9"}, "pinned to 'tiny'; requested 'gpt-9'"),
+        "a wrong number": ({"temperature": "hot"}, "could not convert string to float: 'hot'"),
+        "a number out of range": ({"frequency_penalty": -1.0}, "strictly positive float"),
+        "a field of its own": ({"extra_body": {"colour": "red"}}, "Unexpected fields in the request.*colour"),
+    }
+
+    @pytest.mark.parametrize("case", BAD)
+    def test_chat(self, server, case):
+        options, message = self.BAD[case]
+        options = {"model": "tiny", "messages": [user("Hello!")], "max_tokens": 2, **options}
+        with pytest.raises(openai.APIStatusError, match=message) as error:
+            server.client.chat.completions.create(**options)
+        assert 400 <= error.value.status_code < 500
+        assert server.still_answers()
+
+    def test_an_empty_prompt(self, server):
+        with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
+            server.client.completions.create(model="tiny", prompt="")
+
+    def test_no_chat_template(self, model):
+        with served(model, AutoTokenizer.from_pretrained(BACKBONE)) as server:
+            with pytest.raises(openai.BadRequestError, match="no chat template. Send the text itself"):
+                server.chat([user("Hello!")])
+            assert server.client.completions.create(model="tiny", prompt="Hello!", max_tokens=2).choices[0].text
+
+    def test_a_template_that_refuses_a_conversation(self, model, tokenizer):
+        strict = AutoTokenizer.from_pretrained(BACKBONE)
+        strict.chat_template = "{{ raise_exception('roles must \"alternate\"') }}"
+        with (
+            served(model, strict) as server,
+            pytest.raises(openai.BadRequestError, match="roles must .*alternate"),
+        ):
+            server.chat([user("Hello!")], stream=True)
+
+    def test_an_error_within_a_stream(self, server):
+        with pytest.raises(openai.APIError, match="strictly positive float"):
+            server.chat([user("Hello!")], stream=True, frequency_penalty=-1.0)
+        assert server.still_answers()
+
+    @pytest.mark.parametrize("body", [b"", b"{", b"[1, 2]", b"null"])
+    def test_no_json_object(self, server, body):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+            answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+        assert answer.startswith("HTTP/1.1 400")
+        assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["message"]
+        assert server.still_answers()
+
+    def test_other_routes_of_the_stock_server_are_closed(self, server):
+        """They would load other models, or unload this one."""
+        for route in ("/load_model", "/reset", "/v1/responses"):
+            with pytest.raises(openai.NotFoundError):
+                server.client.post(f"http://127.0.0.1:{server.port}{route}", body={"model": "other"}, cast_to=object)
+
+
+class TestCommand:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checkpoint(cls, model, tokenizer, tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("serve") / "tiny"
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    def test_serves_until_interrupted(self, checkpoint):
+        with armt_serve(checkpoint) as (server, process):
+            assert server.still_answers()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+            assert "Traceback" not in process.stderr.read()
+
+    def test_an_address_that_is_taken(self, checkpoint, capsys):
+        with listen("127.0.0.1", 0) as taken:
+            port = str(taken.getsockname()[1])
+            assert main(["serve", str(checkpoint), "--host", "127.0.0.1", "--port", port]) == 1
+        assert re.search(rf"cannot listen at 127.0.0.1:{port}: .*Choose another --port", capsys.readouterr().err)
+
+    def test_a_plain_model(self, capsys):
+        assert main(["serve", str(BACKBONE), "--port", "0"]) == 1
+        assert "not an ARMT checkpoint. Convert it first: armt convert" in capsys.readouterr().err
+
+    def test_a_checkpoint_without_tokenizer(self, model, tmp_path, capsys):
+        model.save_pretrained(tmp_path)
+        assert main(["serve", str(tmp_path), "--port", "0"]) == 1
+        assert "has no tokenizer" in capsys.readouterr().err
+
+
+@contextmanager
+def armt_serve(checkpoint: Path) -> Iterator[tuple[Served, subprocess.Popen]]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "modeling_armt.conversion", "serve", str(checkpoint), "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        lines = iter(process.stderr.readline, "")
+        port = next(match[1] for line in lines if (match := re.search(r"at http://localhost:(\d+)/v1", line)))
+        yield Served(int(port)), process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_a_trained_model_remembers_what_each_session_was_told(tmp_path):
+    """`armt demo` trains it on distances of 1 and 2 segments; here the facts lie more than 100 segments back."""
+    from modeling_armt.conversion.demo.demonstration import run_demo
+
+    run_demo(tmp_path / "demo")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "demo")
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "demo")
+    facts = {"Mary": ("garden", "gold"), "John": ("church", "letter")}
+    talks = {
+        name: [user(f" {name} went to the {a}. {name} took the {b}." + 4 * LONG)] for name, (a, b) in facts.items()
+    }
+    with armt_serve(tmp_path / "demo") as (server, _):
+        for talk in talks.values():
+            talk.append(assistant(server.chat(talk, model="demo")[0]))
+        for number, question in enumerate((" {} is in the", " {} has the")):
+            for stream, (name, talk) in enumerate(talks.items()):
+                talk.append(user(question.format(name)))
+                answer, usage = server.chat(talk, stream=bool(stream), tokens=1, model="demo")
+                assert answer.strip() == facts[name][number]
+                assert cached(usage) > 100 * 32 and usage.prompt_tokens - cached(usage) <= 6
+                talk.append(assistant(answer))
