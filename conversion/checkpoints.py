@@ -39,8 +39,11 @@ def load_checkpoint(
     base, adapter = check_checkpoint(path)
     name = str(path)
     of = "" if adapter is None else f", the base of the adapter {name},"
+    revision = None if adapter is None else adapter.revision
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, output_loading_info=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, revision=revision, output_loading_info=True
+        )
     except Exception as error:
         raise ValueError(f"{base}{of} cannot be loaded, its files may be damaged or incomplete: {error}") from error
     if info["missing_keys"]:
@@ -76,7 +79,7 @@ def check_checkpoint(path: str | Path) -> tuple[str, PeftConfig | None]:
     base = name if adapter is None else adapter.base_model_name_or_path
     of = "" if adapter is None else f", the base of the adapter {name},"
     try:
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, revision=None if adapter is None else adapter.revision)
     except Exception as error:  # a damaged file raises whatever its reader meets
         kind = FileNotFoundError if not Path(base).exists() else ValueError
         raise kind(f"{base}{of} is not a checkpoint that can be loaded: {error}") from error

@@ -1,19 +1,20 @@
 """Merging an adapter into its base: one ordinary ARMT checkpoint, checked against the two."""
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from transformers import AutoConfig
 
 from ..modeling_armt import ARMTForCausalLM
 from .adapters import merge
-from .checkpoints import load_checkpoint
+from .checkpoints import check_checkpoint, load_checkpoint
 from .convert import staged_folder
+from .evaluation.subject import hash_weights, read_training
 
 
-RECORDS = ("training.json", "recipe.yaml")
-# Of the logits' spread: on average in the dtype that is saved, as in a conversion's checks; at most before that.
+# Of the logits' spread, on average: in the dtype that is saved, as in a conversion's checks, and in float32.
 ROUNDING, EXACT = 0.05, 1e-3
 
 
@@ -39,37 +40,52 @@ def merge_adapter(adapter: str | Path, out: str | Path) -> ARMTForCausalLM:
         FileExistsError: if there is something in `out`.
     """
     with staged_folder(out) as folder:
-        adapted, tokenizer = load_checkpoint(adapter, device="cpu")
-        if not isinstance(adapted, PeftModel):
+        name, lora = check_checkpoint(adapter)
+        if lora is None:
             raise MergeError(f"{adapter} is a full checkpoint already: there is no adapter in it to merge.")
-        base = adapted.get_base_model()
-        if getattr(base.config, "quantization_config", None) is not None:
+        if hasattr(AutoConfig.from_pretrained(name, revision=lora.revision), "quantization_config"):
             raise MergeError(
                 f"the base of {adapter} is quantized, where a merge would round twice. Merge into the checkpoint that "
                 "was quantized, and quantize the result."
             )
+        adapted, tokenizer = load_checkpoint(adapter, device="cpu")
+        base = adapted.get_base_model()
         dtype = base.model.dtype
         ids = probe(base)
         # In float32, so that the weights are rounded once, at the end.
         before = adapted.to(torch.promote_types(dtype, torch.float32))(ids, use_cache=False).logits
         merged = merge(adapted)
-        if not (merged(ids, use_cache=False).logits - before).abs().max() <= EXACT * before.std():
-            raise MergeError(f"merging {adapter} changes its logits; nothing was written.")
+        error = difference(merged(ids, use_cache=False).logits, before)
+        if not error < EXACT:
+            raise MergeError(f"merging {adapter} changes its logits (off by {error:.1e}); nothing was written.")
         merged.model.to(dtype)
         merged.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        for name in RECORDS:
-            if (Path(adapter) / name).is_file():
-                shutil.copyfile(Path(adapter) / name, folder / name)
+        copy_records(Path(adapter), folder)
         saved, _ = load_checkpoint(folder, device="cpu")
-        error = ((saved(ids, use_cache=False).logits - before).abs().mean() / before.std()).item()
+        error = difference(saved(ids, use_cache=False).logits, before)
         if not error < ROUNDING:
             raise MergeError(
                 f"{adapter} merged and saved in {dtype} has other logits than before (off by {error:.1e})."
             )
     merged.name_or_path = merged.config.name_or_path = str(out)  # adapters name their base
     return merged
+
+
+def copy_records(adapter: Path, folder: Path) -> None:
+    """Copies how the adapter was trained, and which it was: what is measured of it holds for the merged model."""
+    if (adapter / "recipe.yaml").is_file():
+        shutil.copyfile(adapter / "recipe.yaml", folder / "recipe.yaml")
+    training = read_training(adapter)
+    if training:
+        text = json.dumps(training | {"merged_from": hash_weights(adapter)}, indent=1)
+        (folder / "training.json").write_text(text, encoding="utf-8")
+
+
+def difference(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """Mean absolute difference, in spreads of `others`."""
+    return ((logits - others).abs().mean() / others.std()).item()
 
 
 def probe(model: ARMTForCausalLM) -> torch.Tensor:

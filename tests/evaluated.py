@@ -10,6 +10,7 @@ from torch import nn
 from modeling_armt import ARMTForCausalLM
 from modeling_armt.conversion.convert import convert
 from modeling_armt.conversion.demo import BACKBONE
+from modeling_armt.conversion.evaluation.subject import hash_weights
 
 
 SEEDS = (0, 1, 2)
@@ -80,8 +81,8 @@ def score(mean: float, samples: int = 1000) -> dict[str, Any]:
     }
 
 
-def results(name: str = "qa1") -> dict[str, Any]:
-    """A `results.json` as `armt evaluate` writes it, of three seeds with all controls."""
+def results(folder: Path | None = None) -> dict[str, Any]:
+    """A `results.json` as `armt evaluate` writes it, of three seeds with all controls; `folder` has seed 0."""
     runs = []
     for seed in SEEDS:
         entries = []
@@ -106,10 +107,12 @@ def results(name: str = "qa1") -> dict[str, Any]:
                     "by_distance": [{"segments": 1, **score(0.9876)}],
                     "tokens_per_s": 41234.5 + seed,
                     "peak_gib": 2.317 + 0.001 * seed,
-                    "stats": {"lambda_max": 0.73},
+                    "baselines": {"chance": 0.1667, "last location mentioned": 0.5271 - 0.0123 * number},
+                    "stats": {"lambda_max": {"least": 0.125, "mean": 0.73, "largest": 1.4375, "layer_of_largest": 3}},
                 }
             )
-        runs.append({"checkpoint": name if seed == 0 else f"{name}-seed{seed}", "seed": seed, "lengths": entries})
+        weights = hash_weights(folder) if folder is not None and seed == 0 else f"{seed:016x}"
+        runs.append({"checkpoint": f"seed{seed}", "seed": seed, "weights": weights, "lengths": entries})
     return {
         "task": {"name": "babilong", "options": {"task": "qa1", "babi": "/home/ann/babi", "protocol": "base"}},
         "environment": {
@@ -132,7 +135,7 @@ PICTURE = bytes.fromhex(
 
 def evaluated(folder: Path) -> None:
     """Puts results and a plot into a folder."""
-    write(folder / "results.json", results(folder.name))
+    write(folder / "results.json", results(folder))
     (folder / "score_by_length.png").write_bytes(PICTURE)
 
 

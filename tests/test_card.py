@@ -88,7 +88,7 @@ def is_rounding_of(written: str, value: float) -> bool:
 
 
 class TestNumbers:
-    @pytest.mark.parametrize("name", ["Results", "Speed and memory", "Training", "Model"])
+    @pytest.mark.parametrize("name", ["Results", "Speed and memory", "State of the memory", "Training", "Model"])
     def test_are_all_in_the_files(self, card, folder, name):
         values, texts = sources(folder)
         found = numbers(section(card, name))
@@ -121,15 +121,16 @@ class TestNumbers:
         assert all(row.endswith("|  |") for row in rows)  # the backbone does not fit
 
     def test_baselines_are_shown(self, card):
-        assert "| chance | 16.7% |" in card
-        assert "| last location mentioned | 52.7% |" in card
+        assert "| chance | 16.7% | 16.7% |" in card
+        assert "| last location mentioned | 52.7% | 51.5% |" in card
 
 
 class TestText:
     def test_has_its_sections(self, card):
         found = re.findall(r"^## (.*)", card, flags=re.M)
         assert found == [
-            "Use", "Security", "Model", "Training", "Results", "Speed and memory", "Limits", "Citation",
+            "Use", "Security", "Model", "Training", "Results", "Speed and memory", "State of the memory", "Limits",
+            "Citation",
         ]  # fmt: skip
 
     @pytest.mark.parametrize("name", ["fresh", "folder"])
@@ -179,7 +180,7 @@ class TestText:
         """Every row of a table has as many cells as its head, which is what makes it one."""
         html = MarkdownIt("commonmark").enable("table").render(ModelCard(card).text)
         tables = re.findall(r"<table>.*?</table>", html, flags=re.S)
-        assert len(tables) == 6
+        assert len(tables) == 7
         for table in tables:
             rows = re.findall(r"<tr>(.*?)</tr>", table, flags=re.S)
             counts = {len(re.findall(r"<t[hd]", row)) for row in rows}
@@ -244,10 +245,10 @@ class TestResultsThatMayNotBeShown:
         assert "measured: 7" in message
 
     def test_unknown_seed(self):
-        assert "the seed of qa1-seed2" in self.spoil(lambda results: results["runs"][2].update(seed=None))
+        assert "the seed of seed2" in self.spoil(lambda results: results["runs"][2].update(seed=None))
 
     def test_length_that_only_some_seeds_have(self):
-        assert "4k of qa1-seed2" in self.spoil(lambda results: results["runs"][2]["lengths"].pop())
+        assert "4k of seed2" in self.spoil(lambda results: results["runs"][2]["lengths"].pop())
 
     def test_without_chance(self):
         assert "chance" in self.spoil(lambda results: results["baselines"].pop("chance"))
@@ -261,53 +262,70 @@ class TestResultsThatMayNotBeShown:
             check_results({"runs": [3]})
 
     def test_no_card_is_written(self, changeable, capsys, tmp_path):
-        results = evaluated.results()
+        results = evaluated.results(changeable)
         results["runs"] = results["runs"][:1]
         evaluated.write(changeable / "results.json", results)
         assert main(["card", str(changeable), "--out", str(tmp_path / "card.md")]) == 1
         assert capsys.readouterr().err.count("\n") == 1
         assert not (tmp_path / "card.md").exists()
 
-    def test_of_another_model(self, changeable):
-        results = evaluated.results("other")
-        for run in results["runs"]:
-            run["seed"] += 10
-        evaluated.write(changeable / "results.json", results)
-        with pytest.raises(ResultsError, match=r"not of qa1 \(seed 0\), but of other"):
+    def test_of_other_weights(self, changeable):
+        """The same seed trained once more is another model."""
+        evaluated.write(changeable / "results.json", evaluated.results())
+        with pytest.raises(ResultsError, match=r"not of qa1: .* of seed0 \(seed 0\), seed1"):
             card_of(changeable)
+
+    def test_of_weights_that_were_on_the_hub(self, changeable):
+        results = evaluated.results()
+        for run in results["runs"]:
+            run["weights"] = None
+        evaluated.write(changeable / "results.json", results)
+        assert len(ModelCard(card_of(changeable)).data.eval_results) == 2
+
+    def test_of_the_adapter_that_was_merged(self, changeable):
+        evaluated.write(changeable / "results.json", evaluated.results())
+        evaluated.write(changeable / "training.json", evaluated.training() | {"merged_from": f"{0:016x}"})
+        assert len(ModelCard(card_of(changeable)).data.eval_results) == 2
+
+    def test_single_segment_needs_no_control(self):
+        results = evaluated.results()
+        for run in results["runs"]:
+            run["lengths"][0]["segments"] = 1
+            for control in ("memory off", "memory swapped"):
+                del run["lengths"][0]["scores"][control]
+        check_results(results)
 
 
 class TestLossResults:
     """Tasks without right answers."""
 
     @pytest.fixture
-    def results(self) -> dict[str, Any]:
+    def results(self, changeable) -> dict[str, Any]:
         def losses(start: float) -> list[dict[str, float]]:
             means = [start - 0.0511 * segment for segment in range(3)]
             return [{"mean": mean, "low": mean - 0.0213, "high": mean + 0.0219} for mean in means]
 
-        results = evaluated.results()
+        results = evaluated.results(changeable)
         results["task"] = {"name": "text", "options": {}}
         results["baselines"] = {}
         for run in results["runs"]:
             for entry in run["lengths"]:
                 del entry["scores"], entry["by_distance"]
-                entry["loss_by_segment"] = {
-                    "memory": losses(3.1),
-                    "memory off": losses(3.2),
-                    "full attention": losses(3),
-                }
+                starts = {"memory": 3.1, "memory off": 3.2, "carried tokens": 3.15}
+                entry["loss_by_segment"] = {name: losses(start) for name, start in starts.items()}
+                entry["memory_minus"] = {"memory off": {"mean": -0.1, "low": -0.1313, "high": -0.0717}}
         return results
 
     def test_are_shown_by_segment(self, results, changeable):
         evaluated.write(changeable / "results.json", results)
         text = section(card_of(changeable), "Results")
-        assert "| 4k | 2 | 1 | 3.049 [3.028, 3.071] | 3.149 [3.128, 3.171] | 2.949 [2.928, 2.971] |" in text
+        assert "| 4k | 2 | 1 | 3.049 [3.028, 3.071] | 3.149 [3.128, 3.171] | 3.099 [3.078, 3.121] |" in text
+        assert "| 4k | 2 | -0.100 [-0.131, -0.072] |" in text
         assert "Share of right answers" not in text
 
     def test_need_their_controls(self, results):
-        del results["runs"][0]["lengths"][0]["loss_by_segment"]["full attention"]
-        with pytest.raises(ResultsError, match="full attention at 0k of seed 0"):
+        del results["runs"][0]["lengths"][0]["loss_by_segment"]["carried tokens"]
+        with pytest.raises(ResultsError, match="carried tokens at 0k of seed 0"):
             check_results(results)
 
 
@@ -363,7 +381,7 @@ class TestCommand:
         for name in ("results.json", "score_by_length.png"):
             (changeable / name).rename(other / name)
         text = card_of(changeable, results=other)
-        assert "| chance | 16.7% |" in text and "score_by_length.png" in text
+        assert "| chance | 16.7% | 16.7% |" in text and "score_by_length.png" in text
 
 
 def test_template_is_plain_jinja():

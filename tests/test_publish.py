@@ -115,7 +115,7 @@ class TestPublished:
         card = ModelCard(hub.repositories[published].files()["README.md"].content.decode())
         assert card.data.license == "apache-2.0"
         assert len(card.data.eval_results) == len(evaluated.LENGTHS)
-        assert "| chance | 16.7% |" in card.text
+        assert "| chance | 16.7% | 16.7% |" in card.text
 
     def test_leaderboard_entries_are_this_seeds(self, hub, published):
         entries = yaml.safe_load(hub.repositories[published].files()[".eval_results/babilong.yaml"].content)

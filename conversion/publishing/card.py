@@ -7,9 +7,10 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from ...model_cards import TEMPLATE
+from . import tables
 from .facts import Facts, as_yaml, describe_task, gather, title
 from .folders import inspect_folder
-from .results import background_notes, loss_table, number, percent, score_table, speed_table
+from .tables import Row, number
 
 
 EXPLANATIONS = {
@@ -18,6 +19,7 @@ EXPLANATIONS = {
     "memory swapped": "the memory of another sample in place of its own: what stays above chance is guessing.",
     "fact deleted": "the fact that the question asks for is not in the text.",
     "backbone": "the backbone without any memory, reading the whole text at once where that fits its context.",
+    "carried tokens": "the last tokens of the text before, as many as there are memory tokens, in place of a memory.",
     "full attention": "the backbone without any memory, reading the whole text at once.",
 }
 
@@ -106,30 +108,32 @@ def fields(facts: Facts) -> dict[str, Any]:
         "explanations": EXPLANATIONS,
         "plots": [path.name for path in facts.plots],
     }
-    return found | result_fields(results)
+    return found | result_fields(facts)
 
 
-def result_fields(results: dict[str, Any] | None) -> dict[str, Any]:
+def result_fields(facts: Facts) -> dict[str, Any]:
+    """Of the evaluation; empty tables where there is none."""
+    names = ("scores", "losses", "gains", "capacities", "baselines", "speed")
+    results = facts.results
     if results is None:
-        return dict.fromkeys(("scores", "losses", "speed"), [])
+        return dict.fromkeys((*names, "health"), [])
     task, environment = results["task"], results["environment"]
-    scores, losses = score_table(results), loss_table(results)
-    shown = {column for row in [*scores, *losses] for column in row}
-    return {
+    found = {name: getattr(tables, name)(results) for name in names}
+    shown = {column for row in [*found["scores"], *found["losses"]] for column in row}
+    length, health = tables.health(facts.own_run)
+    return found | {
         "results_title": title(task),
         "results_description": describe_task(task["name"]),
-        "scores": scores,
-        "losses": losses,
-        "speed": speed_table(results),
         "conditions": [name for name in EXPLANATIONS if name in shown],
-        "baselines": [{"baseline": k, "score": percent(v)} for k, v in results.get("baselines", {}).items()],
         "options": as_yaml(task["options"]) if task.get("options") else None,
-        "background": background_notes(results),
+        "backgrounds": tables.backgrounds(results),
+        "health": health,
+        "health_length": length,
         "measured": f"on {environment.get('device', 'an unnamed device')}, {environment.get('date', 'undated')}",
     }
 
 
-def summarize(training: dict[str, Any]) -> list[dict[str, str]]:
+def summarize(training: dict[str, Any]) -> list[Row]:
     """What stands alone in `training.json`: seed, steps, tokens, speed, device, versions, date."""
     alone = {key: plain(value) for key, value in training.items() if isinstance(value, (str, int, float))}
     alone.pop("command", None)  # the recipe says it without the folders of somebody's machine

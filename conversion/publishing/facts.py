@@ -2,12 +2,14 @@
 
 import importlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
+from ..evaluation.subject import hash_weights
 from ..provenance import LICENSE_FIELDS, describe_backbone, read_metadata
 from ..tasks import TASKS
 from .folders import Checkpoint, FolderError, read_json
@@ -74,14 +76,22 @@ class Facts:
             **relation,
         )
 
+    @cached_property
     def own_run(self) -> dict[str, Any] | None:
+        """What was measured of this checkpoint.
+
+        Raises:
+            ResultsError: if the results are of others.
+        """
         if self.results is None:
             return None
-        return find_run(self.results, self.checkpoint.folder.resolve().name, (self.training or {}).get("seed"))
+        training = self.training or {}
+        weights = {hash_weights(self.checkpoint.folder), training.get("merged_from")} - {None}
+        return find_run(self.results, self.checkpoint.folder.name, weights, training.get("seed"))
 
     def eval_results(self) -> list[EvalResult]:
         """The scores of this checkpoint, of no other seed, for the card's metadata."""
-        run = self.own_run()
+        run = self.own_run
         task = (self.results or {}).get("task", {}).get("name")
         return [
             EvalResult(
@@ -98,7 +108,7 @@ class Facts:
 
     def leaderboard_entries(self) -> list[EvalResultEntry]:
         """The same for `.eval_results`, of benchmarks that have a data set on the Hub."""
-        run = self.own_run()
+        run = self.own_run
         if run is None or self.results["task"]["name"] not in BENCHMARKS:
             return []
         task = self.results["task"]
@@ -153,7 +163,8 @@ def gather(
     plots = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".svg")) if measured else []
     terms = known_license(checkpoint, license)
     facts = Facts(name, checkpoint, repository, tag, base, base_revision, terms, training, measured, folder, plots)
-    facts.own_run()
+    if facts.results is not None:
+        _ = facts.own_run  # before anything is written
     return facts
 
 

@@ -1,4 +1,4 @@
-"""What `armt evaluate` measured: whether it may stand on a card, and as which tables."""
+"""What `armt evaluate` measured, and whether it may stand on a card."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,8 +7,7 @@ from typing import Any
 SEEDS = 3
 # Without these nobody can tell memory from what the last segment or a lucky guess gives.
 CONTROLS = ("memory off", "memory swapped")
-LOSS_CONTROLS = ("memory off", "full attention")
-CONDITIONS = ("memory", "memory off", "memory swapped", "fact deleted", "backbone")
+LOSS_CONTROLS = ("memory off", "carried tokens")
 
 
 class ResultsError(ValueError):
@@ -36,95 +35,29 @@ def check_results(results: dict[str, Any]) -> None:
         )
 
 
-def find_run(results: dict[str, Any], name: str, seed: int | None) -> dict[str, Any]:
+def find_run(results: dict[str, Any], name: str, weights: set[str | None], seed: int | None) -> dict[str, Any]:
     """
-    The run of one checkpoint, by its folder's name or else by its seed.
+    The run of one checkpoint: that of its weights, or, where the weights were not on this machine, of its seed.
+
+    Args:
+        results: checked.
+        name: of the checkpoint, for the message.
+        weights: hashes of its weights, and of those of the adapter that it was merged from.
+        seed: of its training.
 
     Raises:
         ResultsError: if there is none.
     """
     runs = results["runs"]
-    found = [run for run in runs if run["checkpoint"] == name] or [
-        run for run in runs if seed is not None and run["seed"] == seed
-    ]
+    found = [run for run in runs if run.get("weights") is not None and run["weights"] in weights]
+    found += [run for run in runs if run.get("weights") is None and seed is not None and run["seed"] == seed]
     if not found:
         measured = ", ".join(f"{run['checkpoint']} (seed {run['seed']})" for run in runs)
-        raise ResultsError(f"the results are not of {name} (seed {seed}), but of {measured}.")
+        raise ResultsError(
+            f"the results are not of {name}: they were measured on other weights, of {measured}. Evaluate this "
+            "checkpoint, or name its results."
+        )
     return found[0]
-
-
-def score_table(results: dict[str, Any]) -> list[dict[str, str]]:
-    """Rows of scores by length and seed; empty for tasks without right answers."""
-    rows = []
-    for entry, seed in _by_length(results):
-        if "scores" not in entry:
-            continue
-        row = {"length": entry["length"], "tokens": number(entry["tokens"]), "segments": number(entry["segments"])}
-        row |= {"samples": number(entry["samples"]), "seed": str(seed)}
-        shown = [name for name in CONDITIONS if name in entry["scores"]]
-        shown += [name for name in entry["scores"] if name not in CONDITIONS]
-        rows.append(row | {name: _score(entry["scores"][name]) for name in shown})
-    return rows
-
-
-def loss_table(results: dict[str, Any]) -> list[dict[str, str]]:
-    """Rows of losses by length, seed and segment; empty for tasks that have scores."""
-    rows = []
-    for entry, seed in _by_length(results):
-        by_condition = entry.get("loss_by_segment", {})
-        for segment in range(max(map(len, by_condition.values()), default=0)):
-            row = {"length": entry["length"], "seed": str(seed), "segment": str(segment)}
-            losses = {name: values[segment] for name, values in by_condition.items() if segment < len(values)}
-            rows.append(row | {name: _loss(loss) for name, loss in losses.items()})
-    return rows
-
-
-def speed_table(results: dict[str, Any]) -> list[dict[str, str]]:
-    """Rows of tokens per second and peak memory by length and seed."""
-    rows = []
-    for entry, seed in _by_length(results):
-        measured = {"tokens/s": entry.get("tokens_per_s"), "peak GiB": entry.get("peak_gib")}
-        found = {name: number(value) for name, value in measured.items() if value is not None}
-        if found:
-            rows.append({"length": entry["length"], "seed": str(seed), **found})
-    return rows
-
-
-def background_notes(results: dict[str, Any]) -> list[str]:
-    """One sentence a length about the text around the facts."""
-    notes = {}
-    for entry, _ in _by_length(results):
-        background = entry.get("background")
-        if background:
-            again = "repeated to that length" if background["repeated"] else "none of them repeated"
-            notes[entry["length"]] = f"{number(background['unique_tokens'])} different background tokens, {again}"
-    return [f"{length}: {note}." for length, note in notes.items()]
-
-
-def number(value: float) -> str:
-    """As on a card: whole numbers in full, others to three places, or what three digits need."""
-    if isinstance(value, int) or float(value).is_integer():
-        return f"{int(value):,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def _score(score: dict[str, Any]) -> str:
-    return f"{percent(score['mean'])} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
-
-
-def _loss(loss: dict[str, Any]) -> str:
-    return f"{loss['mean']:.3f} [{loss['low']:.3f}, {loss['high']:.3f}]"
-
-
-def _by_length(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:
-    """Entries with their seeds, in the order of the lengths, seeds of one length together."""
-    order = list(dict.fromkeys(entry["length"] for run in results["runs"] for entry in run["lengths"]))
-    entries = [(entry, run["seed"]) for run in results["runs"] for entry in run["lengths"]]
-    yield from sorted(entries, key=lambda pair: order.index(pair[0]["length"]))
 
 
 def _missing(results: dict[str, Any]) -> Iterator[str]:
@@ -152,16 +85,17 @@ def _missing(results: dict[str, Any]) -> Iterator[str]:
         yield "chance among the baselines"
     for run in runs:
         for entry in run["lengths"]:
-            where = f"at {entry['length']} of seed {run.get('seed')}"
-            if "scores" in entry:
-                found, needed = entry["scores"], ("memory", *CONTROLS)
-            else:
-                found, needed = entry.get("loss_by_segment", {}), ("memory", *LOSS_CONTROLS)
-            absent = [name for name in needed if name not in found]
-            if absent:
-                yield f"{', '.join(absent)} {where}"
-            measured = [
-                value for values in found.values() for value in (values if isinstance(values, list) else [values])
-            ]
-            if any(not {"mean", "low", "high"} <= value.keys() for value in measured):
-                yield f"intervals {where}"
+            yield from _missing_of(entry, f"at {entry['length']} of seed {run.get('seed')}")
+
+
+def _missing_of(entry: dict[str, Any], where: str) -> Iterator[str]:
+    found = entry["scores"] if "scores" in entry else entry.get("loss_by_segment", {})
+    needed = ["memory"]
+    if entry["segments"] > 1:  # in a single segment nothing is read from memory
+        needed += CONTROLS if "scores" in entry else LOSS_CONTROLS
+    absent = [name for name in needed if name not in found]
+    if absent:
+        yield f"{', '.join(absent)} {where}"
+    scores = [score for of in found.values() for score in (of if isinstance(of, list) else [of])]
+    if any(score["mean"] is not None and None in (score.get("low"), score.get("high")) for score in scores):
+        yield f"intervals {where} (more samples give one)"
