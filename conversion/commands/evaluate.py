@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--controls",
         nargs="*",
         metavar="CONTROL",
-        help="which of off, swapped, deleted, backbone (default all; none without a name)",
+        help="which of off, swapped, deleted, backbone, or for a loss off, carried, backbone (default all; without a "
+        "name none)",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="samples read side by side (default: what fits)")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])

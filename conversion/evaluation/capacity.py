@@ -1,5 +1,6 @@
 """How many pairs a memory holds: an estimate from how often it is right about one of N."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ..tasks import Task
@@ -40,9 +41,7 @@ def stored_pairs(task: Task, tokens: int, score: Score) -> Score | None:
     return {**{name: stored(score[name]) for name in ("mean", "low", "high")}, "samples": score["samples"]}
 
 
-def capacity(run: dict[str, Any]) -> dict[str, Any] | None:
-    """The largest estimate among the lengths of a run, with its length; None where there is none."""
-    estimates = [
-        {"length": entry["length"], **entry["stored_pairs"]} for entry in run["lengths"] if "stored_pairs" in entry
-    ]
+def capacity(entries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The largest estimate among the lengths of a checkpoint, with its length; None where there is none."""
+    estimates = [{"length": entry["length"], **entry["stored_pairs"]} for entry in entries if "stored_pairs" in entry]
     return max(estimates, key=lambda estimate: estimate["mean"], default=None)

@@ -61,7 +61,8 @@ def answer_samples(
 
     Args:
         samples: of the task; their `input_ids` may be of different lengths.
-        controls: keys of `CONTROLS`. Memory is neither off nor swapped where no sample has more than one segment.
+        controls: keys of `CONTROLS`. Where no sample has more than one segment there is no memory to switch off or
+            to swap, and both answer as the model does.
         progress: called with numbers of tokens, as whole texts are read.
     """
     size, stop_ids = subject.segment_size, subject.stop_ids
@@ -79,9 +80,11 @@ def answer_samples(
     result.stats = memory.stats()
     texts = {MEMORY: ids}
 
-    if "off" in controls and several:
-        texts[CONTROLS["off"]] = answer(subject.model, ends, ARMTCache(), *limits)
-    if "swapped" in controls and several:
+    if "off" in controls:
+        texts[CONTROLS["off"]] = answer(subject.model, ends, ARMTCache(), *limits) if several else ids
+    if "swapped" in controls and not several:
+        texts[CONTROLS["swapped"]] = ids
+    elif "swapped" in controls:
         others = partners(samples)
         swapped = memory.fork()
         swapped.batch_select_indices(torch.tensor([row if other is None else other for row, other in others.items()]))

@@ -1,37 +1,26 @@
 """`armt evaluate`: what checkpoints recall at which length, beside their controls."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..checkpoints import check_checkpoint
 from ..tasks import Task
 from ..tasks.options import task_for
-from .batching import batches, even_sizes, halved_if_too_large, rows_for
-from .capacity import capacity, stored_pairs
-from .controls import CONTROLS, MEMORY, answer_samples
+from .capacity import capacity
+from .measure import controls_of, default_count, measure_answers, measure_losses
+from .plots import plot_results
+from .progress import progress_bar
 from .results import Results
-from .scores import (
-    answer_lines,
-    score_rows,
-    scores_by_control,
-    scores_by_depth,
-    scores_by_distance,
-    summarize_stats,
-)
-from .subject import Subject, check_fits, distinct_names, load_subject, peak_gib, read_training, reset_peak
+from .subject import Subject, check_fits, distinct_names, load_subject, read_training
 
 
-FEW, MANY = 100, 1000  # samples beyond and up to 1M
+OWN_TO_A_SEED = ("seed", "out", "model")  # entries of a recipe
 
 
 def evaluate(
@@ -59,7 +48,7 @@ def evaluate(
         out: folder of the results.
         samples: at each length; default: 1,000 up to 1M, 100 beyond.
         task_options: of the task.
-        controls: keys of `CONTROLS`; default: all.
+        controls: see [`controls_of`]; default: all.
         batch_size: samples read side by side; default: as many as fit.
         dtype: of the backbone.
         device: default: the GPU if there is one.
@@ -73,112 +62,76 @@ def evaluate(
         ValueError: for what does not go together, a checkpoint that is not ARMT, a length that is too short, or
             results of another command in the folder.
     """
-    controls = list(CONTROLS) if controls is None else list(controls)
-    unknown = [control for control in controls if control not in CONTROLS]
-    if unknown:
-        raise ValueError(f"there is no control {', '.join(unknown)}; controls are: {', '.join(CONTROLS)}.")
     for value, name in ((samples, "samples"), (batch_size, "batch_size")):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
-    lengths = list(dict.fromkeys(length.strip() for length in lengths))
     names = distinct_names(checkpoints)
     for path in checkpoints:
         check_checkpoint(path)
     check_one_recipe(checkpoints)
     options = task_options or {}
-    request = {"task": task, "options": options, "samples": samples, "controls": sorted(controls)}
     subject = load_subject(checkpoints[0], names[0], dtype, device, compiled)
     made = task_for(task, options, subject.tokenizer)
-    plan = {length: made.tokens_of(length) for length in lengths}
-    for tokens in plan.values():
-        made.test(tokens, 1)  # fails here if it is too short, rather than after the others
+    check_fits(subject, made)
+    controls = choose_controls(made, controls)
+    plan = plan_lengths(made, lengths)
+    request = {"task": task, "options": options, "samples": samples, "controls": controls}
     results = Results(out, request, environment(subject, command))
+    measure = measure_answers if made.exact else measure_losses
     for path, name in zip(checkpoints, names, strict=True):
         if name != subject.name:
             vocabulary = subject.tokenizer and subject.tokenizer.get_vocab()
-            del subject
+            del subject  # before the next one comes
             subject = load_subject(path, name, dtype, device, compiled)
+            check_fits(subject, made)
             if (subject.tokenizer and subject.tokenizer.get_vocab()) != vocabulary:
                 raise ValueError(f"{name} has another tokenizer than {names[0]}, so their samples would differ.")
-        check_fits(subject, made)
         run = results.run(name, subject.training.get("seed"), subject.weights)
-        for length, tokens in sorted(plan.items(), key=lambda item: item[1]):
+        for length, tokens in plan.items():
             if results.has(run, length):
                 continue
-            count = samples or (MANY if tokens <= made.tokens_of("1M") else FEW)
-            with progress_bar(f"{name} {length}", count * tokens * (2 if "deleted" in controls else 1)) as advance:
-                entry, answers = evaluate_length(subject, made, length, tokens, count, controls, batch_size, advance)
-            results.content["baselines"] = results.content["baselines"] or entry["baselines"]
-            best = capacity({"lengths": [*run["lengths"], entry]})
+            total = (samples or default_count(made, tokens)) * tokens * (2 if "deleted" in controls else 1)
+            with progress_bar(f"{name} {length}", total if made.exact and total else None) as advance:
+                arguments = (subject, made, length, tokens, samples, controls, batch_size, advance)
+                entry, answers = measure(*arguments)
+            results.content["baselines"] = results.content["baselines"] or entry.get("baselines", {})
+            best = capacity([*run["lengths"], entry])
             if best:
                 run["capacity"] = best
             results.add(run, entry, answers)
+    plot_results(results.content, results.folder)
     return results.content
 
 
-def evaluate_length(
-    subject: Subject,
-    task: Task,
-    length: str,
-    tokens: int,
-    count: int,
-    controls: Sequence[str],
-    batch_size: int | None,
-    progress: Callable[[int], Any],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def choose_controls(task: Task, asked: Sequence[str] | None) -> list[str]:
     """
-    One length of one checkpoint.
+    The controls of a task that were asked for, all of them for None.
 
-    Returns:
-        Its entry in results.json, and the answers.
+    Raises:
+        ValueError: if it has no such control; with those that it has.
     """
-    if tokens + task.max_new_tokens > subject.context:
-        controls = [control for control in controls if control != "backbone"]
-    reset_peak(subject.model.device)
-    rows, stats, seconds, read = [], [], 0.0, 0
-    sizes = even_sizes(count, min(count, batch_size or rows_for(subject, max(1, tokens), count)))
-    samples = map(as_arrays, task.test(tokens, count))
-    for batch in batches(samples, sizes):
-
-        def run(part: list[dict[str, Any]]):
-            return answer_samples(subject, task, part, controls, progress)
-
-        for part, answers in halved_if_too_large(run, batch):
-            rows += score_rows(task, part, answers, subject.segment_size)
-            stats.append(answers.stats)
-            seconds, read = seconds + answers.seconds, read + answers.tokens
-    scores = scores_by_control(rows)
-    entry = {
-        "length": length,
-        "tokens": mean(row.tokens for row in rows),
-        "segments": mean(row.segments for row in rows),
-        "samples": len(rows),
-        "background": background(task, tokens),
-        "baselines": task.baselines([row.sample for row in rows]),
-        "scores": scores,
-        "by_distance": scores_by_distance(rows),
-        "by_depth": scores_by_depth(rows),
-        "stored_pairs": stored_pairs(task, tokens, scores[MEMORY]),
-        "tokens_per_s": read / seconds,
-        "peak_gib": peak_gib(subject.model.device),
-        "stats": summarize_stats(stats),
-    }
-    for name in ("by_depth", "stored_pairs"):  # where a task has no such thing
-        if not entry[name]:
-            del entry[name]
-    return entry, answer_lines(rows)
+    known = controls_of(task)
+    unknown = [control for control in asked or () if control not in known]
+    if unknown:
+        raise ValueError(f"{task.name} has no control {', '.join(unknown)}; it has: {', '.join(known)}.")
+    return [control for control in known if asked is None or control in asked]
 
 
-def as_arrays(sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample to be answered: without labels, and with ids that take little room."""
-    ids = np.asarray(sample["input_ids"], dtype=np.int32)
-    return {**{name: value for name, value in sample.items() if name != "labels"}, "input_ids": ids}
+def plan_lengths(task: Task, lengths: Sequence[str]) -> dict[str, int]:
+    """
+    Lengths in tokens of the model, the shortest first.
 
-
-def background(task: Task, tokens: int) -> dict[str, Any] | None:
-    """How much text there is around the facts before it repeats; None if the task does not count it."""
-    unique = getattr(task, "unique_background_tokens", lambda side: 0)("test")
-    return {"unique_tokens": unique, "repeated": tokens > unique} if unique else None
+    Raises:
+        ValueError: if there are none, one is no length, or too short for what must be in it.
+    """
+    plan = {length.strip(): task.tokens_of(length) for length in lengths if length.strip()}
+    if not plan:
+        raise ValueError("there are no lengths to evaluate at.")
+    for tokens in plan.values():
+        sample = task.test(tokens, 1)
+        if not task.exact:  # these say so only when they are read
+            next(iter(sample))
+    return dict(sorted(plan.items(), key=lambda item: item[1]))
 
 
 def check_one_recipe(checkpoints: Sequence[str | Path]) -> None:
@@ -190,7 +143,7 @@ def check_one_recipe(checkpoints: Sequence[str | Path]) -> None:
     for path in checkpoints:
         recipe = read_training(path).get("recipe")
         if isinstance(recipe, dict):
-            recipes[str(path)] = {name: value for name, value in recipe.items() if name not in ("seed", "out")}
+            recipes[str(path)] = {name: value for name, value in recipe.items() if name not in OWN_TO_A_SEED}
     paths = list(recipes)
     for path in paths[1:]:
         names = {**recipes[paths[0]], **recipes[path]}
@@ -217,29 +170,3 @@ def environment(subject: Subject, command: str | None) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
     }
-
-
-def mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-@contextmanager
-def progress_bar(title: str, tokens: int):
-    """A bar over so many tokens; yields a function that moves it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(title, total=tokens or None, rate="")
-
-        def advance(read: int) -> None:
-            progress.update(bar, advance=read)
-            speed = progress.tasks[0].speed
-            progress.update(bar, rate=f"{speed:,.0f} tokens/s" if speed else "")
-
-        yield advance

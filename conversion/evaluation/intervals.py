@@ -36,17 +36,43 @@ def interval(values: Sequence[float], groups: Sequence[Any], seed: int = 0) -> S
     values = np.asarray(values, dtype=float)
     if not len(values):
         return {"mean": None, "low": None, "high": None, "samples": 0}
-    numbers: dict[Any, int] = {}
-    index = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
-    mean = float(values.mean())
+    index = number_groups(groups)
+    count, mean = int(index.max()) + 1, float(values.mean())
     right_or_wrong = bool(np.isin(values, (0.0, 1.0)).all())
-    if right_or_wrong and (len(numbers) == len(values) or mean in (0.0, 1.0)):
-        low, high = wilson(mean, len(numbers))
-    elif len(numbers) == 1:
+    if right_or_wrong and (count == len(values) or mean in (0.0, 1.0)):
+        low, high = wilson(mean, count)
+    elif count == 1:
         low = high = None
     else:
-        low, high = bootstrap(values, index, seed)
+        low, high = (float(bound[0]) for bound in bootstrap(values[:, None], index, seed))
     return {"mean": mean, "low": low, "high": high, "samples": len(values)}
+
+
+def intervals(values: np.ndarray, groups: Sequence[Any], seed: int = 0) -> list[Score]:
+    """
+    The means of the columns of `(n, columns)` values, NaN where there is none, with bootstrap intervals by group.
+    """
+    index, there = number_groups(groups), ~np.isnan(values)
+    low, high = bootstrap(values, index, seed)
+    result = []
+    for column in range(values.shape[1]):
+        some = there[:, column]
+        known = len(set(index[some])) > 1
+        result.append(
+            {
+                "mean": float(values[some, column].mean()) if some.any() else None,
+                "low": float(low[column]) if known else None,
+                "high": float(high[column]) if known else None,
+                "samples": int(some.sum()),
+            }
+        )
+    return result
+
+
+def number_groups(groups: Sequence[Any]) -> np.ndarray:
+    """`(n,)` numbers, the same for the same group, from 0 on."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups])
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -57,13 +83,30 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return (0.0 if share == 0 else max(0.0, center - half)), (1.0 if share == 1 else min(1.0, center + half))
 
 
-def bootstrap(values: np.ndarray, index: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The interval of the mean of `(n,)` values when groups, of which `index` has the numbers, are drawn anew."""
-    sums, sizes = np.bincount(index, values), np.bincount(index)
-    rng, count, means = np.random.default_rng(seed), len(sums), []
-    size = max(1, AT_A_TIME // count)
-    for start in range(0, RESAMPLES, size):
-        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(RESAMPLES - start, size))
-        means.append(drawn @ sums / (drawn @ sizes))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return float(low), float(high)
+def bootstrap(values: np.ndarray, index: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Intervals of means when groups of rows are drawn anew.
+
+    Args:
+        values: `(n, columns)`, NaN where there is none.
+        index: `(n,)` numbers of the groups.
+        seed: of the draws, which are the same for all columns.
+
+    Returns:
+        `(columns,)` lower and upper bounds.
+    """
+    there = ~np.isnan(values)
+    count = int(index.max()) + 1
+    sums, sizes = np.zeros((count, values.shape[1])), np.zeros((count, values.shape[1]))
+    np.add.at(sums, index, np.where(there, values, 0.0))
+    np.add.at(sizes, index, there)
+    rng, means = np.random.default_rng(seed), []
+    step = max(1, AT_A_TIME // max(count, values.shape[1]))
+    for start in range(0, RESAMPLES, step):
+        drawn = rng.multinomial(count, np.full(count, 1 / count), size=min(RESAMPLES - start, step)).astype(float)
+        with np.errstate(invalid="ignore"):  # a column whose few groups were not drawn
+            means.append(drawn @ sums / (drawn @ sizes))
+    low, high = np.full((2, values.shape[1]), np.nan)
+    some = there.any(0)
+    low[some], high[some] = np.nanquantile(np.concatenate(means)[:, some], [0.025, 0.975], axis=0)
+    return low, high

@@ -110,7 +110,8 @@ class Chat(Task):
         """`count` conversations of at most `length` tokens, however short; raises `ValueError` if there are fewer."""
         return finite(partial(self._first, length, "validation", count))
 
-    def test(self, length: int, count: int) -> IterableDataset:
+    def test(self, length: int, count: int | None) -> IterableDataset:
+        """As `validation`; all there are if `count` is None."""
         return finite(partial(self._first, length, "test", count))
 
     def _numbers(self, side: str) -> np.ndarray:
@@ -119,14 +120,14 @@ class Chat(Task):
     def _pass(self, length: int, numbers: np.ndarray, order: np.ndarray, number: int) -> Samples:
         return self._samples(length, numbers[order])
 
-    def _first(self, length: int, side: str, count: int) -> Samples:
+    def _first(self, length: int, side: str, count: int | None) -> Samples:
         found = 0
         for sample in self._samples(length, self._numbers(side)):
             if found == count:
                 return
             found += 1
             yield sample
-        if found < count:
+        if count is not None and found < count:
             raise ValueError(
                 f"{self.source} has {found} conversations for {side} with an answer within {length} tokens, "
                 f"not {count}."

@@ -72,7 +72,8 @@ class Text(Task):
     def validation(self, length: int, count: int) -> IterableDataset:
         return finite(partial(self._evaluation, self._stretches("validation", length), count))
 
-    def test(self, length: int, count: int) -> IterableDataset:
+    def test(self, length: int, count: int | None) -> IterableDataset:
+        """As `validation`; all there are if `count` is None."""
         return finite(partial(self._evaluation, self._stretches("test", length), count))
 
     def _stretches(self, side: str, length: int) -> "_Stretches":
@@ -88,7 +89,7 @@ class Text(Task):
             if len(sample["input_ids"]) > max(1, self.loss_from):
                 yield sample
 
-    def _evaluation(self, stretches: "_Stretches", count: int) -> Samples:
+    def _evaluation(self, stretches: "_Stretches", count: int | None) -> Samples:
         found = 0
         for document, start in stretches.places(np.random.default_rng(0).permutation(stretches.count), 0):
             if found == count:
@@ -97,7 +98,7 @@ class Text(Task):
             if len(sample["input_ids"]) == stretches.length:
                 found += 1
                 yield sample
-        if found < count:
+        if count is not None and found < count:
             raise ValueError(
                 f"The {stretches.side} texts have {found} stretches of {stretches.length} tokens, not {count}."
             )

@@ -1,0 +1,168 @@
+"""One length of one checkpoint, as it stands in results.json."""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ..tasks import Task
+from .batching import batches, even_sizes, halved_if_too_large, rows_for
+from .capacity import stored_pairs
+from .controls import CONTROLS, MEMORY, answer_samples
+from .losses import LOSS_CONTROLS, losses_of, rows_with_logits, summarize_losses
+from .scores import (
+    answer_lines,
+    score_rows,
+    scores_by_control,
+    scores_by_depth,
+    scores_by_distance,
+    summarize_stats,
+)
+from .subject import Subject, peak_gib, reset_peak
+
+
+FEW, MANY = 100, 1000  # samples beyond and up to 1M
+
+
+def controls_of(task: Task) -> dict[str, str]:
+    """The controls that a task can have: their names on the command line, and in results."""
+    return CONTROLS if task.exact else LOSS_CONTROLS
+
+
+def default_count(task: Task, tokens: int) -> int:
+    return MANY if tokens <= task.tokens_of("1M") else FEW
+
+
+def measure_answers(
+    subject: Subject,
+    task: Task,
+    length: str,
+    tokens: int,
+    samples: int | None,
+    controls: Sequence[str],
+    batch_size: int | None,
+    progress: Callable[[int], Any] = lambda tokens: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """
+    What a checkpoint answers at a length.
+
+    Args:
+        length, tokens: as asked for, and in tokens of the model.
+        samples: None for the default.
+        controls: keys of `CONTROLS`; the backbone is only asked what fits its context.
+        batch_size: samples side by side, None for as many as fit.
+        progress: called with numbers of tokens that were read.
+
+    Returns:
+        Its entry in results.json, and lines for the file of answers.
+    """
+    count = samples or default_count(task, tokens)
+    if tokens + task.max_new_tokens > subject.context:
+        controls = [control for control in controls if control != "backbone"]
+    reset_peak(subject.model.device)
+    rows, stats, seconds, read = [], [], 0.0, 0
+    sizes = even_sizes(count, min(count, batch_size or rows_for(subject, max(1, tokens), count)))
+
+    def run(part: list[dict[str, Any]]):
+        return answer_samples(subject, task, part, controls, progress)
+
+    for batch in batches(map(without_labels, task.test(tokens, count)), sizes):
+        for part, answers in halved_if_too_large(run, batch):
+            rows += score_rows(task, part, answers, subject.segment_size)
+            stats.append(answers.stats)
+            seconds, read = seconds + answers.seconds, read + answers.tokens
+    scores = scores_by_control(rows)
+    entry = {
+        "length": length,
+        "tokens": mean(row.tokens for row in rows),
+        "segments": mean(row.segments for row in rows),
+        "samples": len(rows),
+        "background": background(task, tokens),
+        "baselines": task.baselines([row.sample for row in rows]),
+        "scores": scores,
+        "by_distance": scores_by_distance(rows),
+        "by_depth": scores_by_depth(rows),
+        "stored_pairs": stored_pairs(task, tokens, scores[MEMORY]),
+        "tokens_per_s": read / seconds,
+        "peak_gib": peak_gib(subject.model.device),
+        "stats": summarize_stats(stats),
+    }
+    for name in ("by_depth", "stored_pairs"):  # where a task has no such thing
+        if not entry[name]:
+            del entry[name]
+    return entry, answer_lines(rows)
+
+
+def measure_losses(
+    subject: Subject,
+    task: Task,
+    length: str,
+    tokens: int,
+    samples: int | None,
+    controls: Sequence[str],
+    batch_size: int | None,
+    progress: Callable[[int], Any] = lambda tokens: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """
+    The loss of a checkpoint at a length, of a task without right answers.
+
+    Args:
+        samples: None for all there are, up to the default.
+        controls: keys of `LOSS_CONTROLS`; the backbone only sees what fits its context.
+
+    Returns:
+        Its entry in results.json, and nothing for a file of answers.
+    """
+    if tokens > subject.context:
+        controls = [control for control in controls if control != "backbone"]
+    reset_peak(subject.model.device)
+    most = samples or default_count(task, tokens)
+    size = min(batch_size or rows_with_logits(subject, rows_for(subject, tokens, most)), most)
+    by_control: dict[str, list[np.ndarray]] = {}
+    groups, stats, seconds, read = [], [], 0.0, 0
+
+    def run(part: list[dict[str, Any]]):
+        return losses_of(subject, part, controls, progress)
+
+    stream = islice(task.test(tokens, samples), most)
+    for batch in iter(lambda: list(islice(stream, size)), []):
+        for part, losses in halved_if_too_large(run, batch):
+            for name, values in losses.by_control.items():
+                by_control.setdefault(name, []).extend(values)
+            groups += [sample["group"] for sample in part]
+            stats.append(losses.stats)
+            seconds, read = seconds + losses.seconds, read + losses.tokens
+    if not groups:
+        raise ValueError(f"the test side of {task.name} has nothing of {tokens:,} tokens. Use a shorter length.")
+    lengths = [len(values) for values in by_control[MEMORY]]
+    entry = {
+        "length": length,
+        "tokens": mean(lengths),
+        "segments": mean(-(-tokens // subject.segment_size) for tokens in lengths),
+        "samples": len(groups),
+        "groups": len(set(groups)),
+        "background": None,
+        **summarize_losses(by_control, groups, subject.segment_size),
+        "tokens_per_s": read / seconds,
+        "peak_gib": peak_gib(subject.model.device),
+        "stats": summarize_stats(stats),
+    }
+    return entry, []
+
+
+def without_labels(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample to be answered: without labels, and with ids that take little room."""
+    ids = np.asarray(sample["input_ids"], dtype=np.int32)
+    return {**{name: value for name, value in sample.items() if name != "labels"}, "input_ids": ids}
+
+
+def background(task: Task, tokens: int) -> dict[str, Any] | None:
+    """How much text there is around the facts before it repeats; None if the task does not count it."""
+    unique = getattr(task, "unique_background_tokens", lambda side: 0)("test")
+    return {"unique_tokens": unique, "repeated": tokens > unique} if unique else None
+
+
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
