@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> None:
     stage = summary["stages"][-1]
     Console(stderr=True).print(
         f"[bold]{recipe.out}[/] is ready after {summary['steps']} steps: validation score {stage['score']:.3f}, loss "
-        f"{stage['loss']:.4f}."
+        f"{stage['loss']:.4f}.",
+        soft_wrap=True,
     )
 
 

@@ -122,9 +122,11 @@ def load_model(recipe: Recipe) -> tuple[ARMTForCausalLM, PreTrainedTokenizerBase
 
 
 def make_trainable(recipe: Recipe, model: ARMTForCausalLM, segment_sizes: list[int]) -> ARMTForCausalLM | PeftModel:
-    """Adapters, or gradients where the recipe's method wants them; compiled if it says so."""
+    """Adapters, or gradients where the recipe's method wants them, and how they are computed."""
     if recipe.compile:
         model.compile_armt()
+    if recipe.gradient_checkpointing:  # transformers renamed it on the way
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if recipe.method == "lora":
         if segment_sizes[-1] != model.config.segment_size:
             raise ValueError(

@@ -139,7 +139,6 @@ def training_arguments(recipe: Recipe, curriculum: Curriculum, folder: Path) -> 
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision != "float32",
         tf32=recipe.tf32 if cuda and torch.cuda.get_device_capability()[0] >= 8 else None,
-        gradient_checkpointing=recipe.gradient_checkpointing,
         logging_steps=recipe.logging_steps,
         logging_nan_inf_filter=False,  # it waits for the device in every step
         save_steps=recipe.save_steps,
