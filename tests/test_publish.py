@@ -192,6 +192,12 @@ class TestRepository:
             repository.commit(files, "second", "two")
         assert other.history()[0][1].title == "theirs"
 
+    def test_card_that_the_hub_does_not_take(self, hub, files):
+        (files / "README.md").write_text("---\nlicense: my-own\n---\n")
+        with pytest.raises(HubError, match='does not take this: .*"license" must be one of'):
+            Repository("ann/terms").commit(files, "first", "one")
+        assert list(hub.repositories["ann/terms"].files()) == [".gitattributes"]
+
     def test_content_is_not_sent_twice(self, hub, files):
         Repository("ann/twice").commit(files, "first", "one")
         sent = len([request for request in hub.requests if request.startswith("PUT")])
@@ -209,6 +215,7 @@ class TestInterrupted:
         with torch.no_grad():
             model.memory["0"].memory_value.weight.add_(1)
         model.save_pretrained(changeable)
+        evaluated.evaluated(changeable)
         uploading, killed = threading.Event(), threading.Event()
 
         def hold() -> None:
@@ -221,7 +228,8 @@ class TestInterrupted:
             process = subprocess.Popen(
                 command, env=environment(hub, tmp_path, "hf_ann"), stderr=subprocess.PIPE, cwd=tmp_path
             )
-            assert uploading.wait(120), process.communicate()
+            while not uploading.wait(1):
+                assert process.poll() is None, process.stderr.read()
             process.send_signal(signal.SIGKILL)
             process.communicate()
         finally:
@@ -249,7 +257,7 @@ class TestInterrupted:
         save_file({"a": torch.ones(100)}, tmp_path / "model.safetensors")
         hub.drop(request_, times=100)
         try:
-            with pytest.raises(HubError, match="connection to the Hub failed .*is as it was; run the command again"):
+            with pytest.raises(HubError, match="connection to the Hub failed .* shows its old revision"):
                 Repository("ann/lost").commit(tmp_path, "first", "one")
         finally:
             hub.faults.clear()
@@ -311,6 +319,12 @@ class TestOtherContent:
     def test_adapter(self, hub, refused, folder):
         name = self.fill("ann/adapter", adapter_config_json='{"peft_type": "LORA"}')
         assert "holds something else (adapter_config.json" in refused(folder, name)
+
+    def test_armt_checkpoint_of_another_backbone(self, hub, refused, folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["num_hidden_layers"] = 7
+        name = self.fill("ann/larger", config_json=json.dumps(config))
+        assert "than an ARMT checkpoint of this shape" in refused(folder, name)
 
     def test_files_of_no_model(self, hub, refused, folder):
         name = self.fill("ann/thesis", chapters="one")

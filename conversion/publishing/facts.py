@@ -160,7 +160,7 @@ def gather(
     origin = getattr(checkpoint.config, "converted_from", None) or {}
     if base is None and checkpoint.adapter is None and "/" in origin.get("name", ""):
         base = origin["name"]
-    plots = sorted(path for path in folder.iterdir() if path.suffix in (".png", ".svg")) if measured else []
+    plots = sorted(path for path in folder.iterdir() if path.suffix == ".png") if measured else []
     terms = known_license(checkpoint, license)
     facts = Facts(name, checkpoint, repository, tag, base, base_revision, terms, training, measured, folder, plots)
     if facts.results is not None:

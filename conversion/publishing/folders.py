@@ -22,7 +22,7 @@ TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
     "chat_template.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-RECORDS = ("results.json", "training.json", "recipe.yaml", "*.png", "*.svg")
+RECORDS = ("results.json", "training.json", "recipe.yaml", "*.png")
 TASKS_OF_SYMBOLS = ("associative_retrieval",)
 # What `publish` writes and may therefore replace or remove in a repository.
 PUBLISHED = (

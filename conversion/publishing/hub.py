@@ -14,11 +14,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from .folders import FolderError, published
+from ...configuration_armt import ARMTConfig
+from .folders import FolderError, published, read_json
 
 
 # What a fresh repository has, or what somebody may add to one by hand without making it another's.
 NEUTRAL = (".gitattributes", "README.md", "LICENSE*", ".gitignore")
+# Backbones that differ in these are different models.
+SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
 class HubError(OSError):
@@ -39,50 +42,54 @@ class Repository:
         self.name, self.branch, self.private = name, revision or "main", private
         self.api = HfApi(library_name="modeling_armt")
 
-    def check(self, adapter: bool) -> None:
+    def check(self, config: ARMTConfig, adapter_base: str | None) -> None:
         """
         Sees, without changing anything, whether the repository can be written to.
 
+        Args:
+            config: of the model that is to be published.
+            adapter_base: for an adapter, the Hub id of its base.
+
         Raises:
-            HubError: if there is no token, it is not valid, or the Hub is out of reach.
-            FolderError: if something else than a model of this kind is in the repository.
+            HubError: if there is no token, it is not valid or not the owner's, or the Hub is out of reach.
+            FolderError: if the repository holds something else than an earlier state of this model.
         """
         if get_token() is None:
-            raise HubError(
-                "there is no token for the Hub. Run `hf auth login`, or set HF_TOKEN; nothing was uploaded."
-            )
+            raise HubError("there is no token for the Hub: run `hf auth login`, or set HF_TOKEN.")
         with self.errors():
             try:
                 account = self.api.whoami()
             except HfHubHTTPError as error:
-                if error.response.status_code == 401:
-                    raise HubError(
-                        "the Hub does not know this token. Run `hf auth login --force`, or set HF_TOKEN; nothing was "
-                        "uploaded."
-                    ) from error
-                raise
+                if error.response.status_code != 401:
+                    raise
+                raise HubError(
+                    "the Hub does not know this token. Run `hf auth login --force`, or set HF_TOKEN."
+                ) from error
             owner = self.name.partition("/")[0]
             if owner not in [account["name"], *(org["name"] for org in account.get("orgs", []))]:
                 raise HubError(f"this token is {account['name']}'s, who may not write to {self.name}.")
             files = self.files()
         foreign = [name for name in files if not any(fnmatch(name, pattern) for pattern in NEUTRAL)]
-        if not foreign:
-            return
-        marker, other = ("adapter_config.json", "config.json") if adapter else ("config.json", "adapter_config.json")
-        kind = "an adapter" if adapter else "an ARMT checkpoint"
-        if marker not in files or other in files or not self.is_armt(marker):
+        if foreign and not self.holds(files, config, adapter_base):
+            kind = "an ARMT checkpoint of this shape" if adapter_base is None else f"an adapter on {adapter_base}"
             raise FolderError(
-                f"{self.name} exists and holds something else ({', '.join(foreign[:3])}, ...), not {kind}. Name "
+                f"{self.name} exists and holds something else ({', '.join(foreign[:3])}, ...) than {kind}. Name "
                 "another repository; nothing was uploaded."
             )
 
-    def is_armt(self, marker: str) -> bool:
-        """Whether the repository's own configuration names ARMT, or an adapter of ours."""
-        from .folders import read_json
-
+    def holds(self, files: list[str], config: ARMTConfig, adapter_base: str | None) -> bool:
+        """Whether what is there may be an earlier state of a model."""
+        marker, other = "config.json", "adapter_config.json"
+        if adapter_base is not None:
+            marker, other = other, marker
+        if marker not in files or other in files:
+            return False
         with self.errors():
-            content = read_json(Path(self.api.hf_hub_download(self.name, marker, revision=self.branch)))
-        return content.get("model_type") == "armt" or "peft_type" in content
+            there = read_json(Path(self.api.hf_hub_download(self.name, marker, revision=self.branch)))
+        if adapter_base is not None:
+            return there.get("base_model_name_or_path") == adapter_base
+        ours, theirs = config.to_dict()["text_config"], there.get("text_config") or {}
+        return there.get("model_type") == "armt" and all(ours.get(name) == theirs.get(name) for name in SHAPE)
 
     def files(self) -> list[str]:
         """Paths on the branch; none if there is no such repository or branch yet."""
@@ -144,11 +151,14 @@ class Repository:
             raise HubError("the Hub is switched off by HF_HUB_OFFLINE; unset it to publish.") from error
         except HfHubHTTPError as error:
             raise HubError(f"{self._reason(error)} The repository is as it was.") from error
+        except ValueError as error:  # of the client, about a card or an answer
+            raise HubError(f"the Hub does not take this: {' '.join(str(error).split())}") from error
         except Exception as error:
             # The transport's own exceptions differ between versions of the client; what dropped is in the chain.
             raise HubError(
-                f"the connection to the Hub failed ({_first_line(_root(error))}). {self.name} is as it was; run the "
-                "command again, and what has been uploaded is not sent twice."
+                f"the connection to the Hub failed ({_first_line(_root(error))}). {self.name} shows its old revision, "
+                "or all of the new one if only the answer was lost. Run the command again; what has arrived is not "
+                "sent twice."
             ) from error
 
     def _reason(self, error: HfHubHTTPError) -> str:

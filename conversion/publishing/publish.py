@@ -70,9 +70,9 @@ def publish(
     """
     checkpoint = inspect_folder(folder)
     target = Repository(repository, revision, private)
-    if not dry_run:
-        target.check(checkpoint.adapter is not None)
     base, base_revision = find_base(checkpoint, base)
+    if not dry_run:
+        target.check(checkpoint.config, base if checkpoint.adapter is not None else None)
     tag = content_tag(checkpoint, base, base_revision)
     facts = gather(
         checkpoint, repository, tag, base, base_revision, license, None if results is None else Path(results)
@@ -144,7 +144,7 @@ def find_base(checkpoint: Checkpoint, given: str | None) -> tuple[str | None, st
         HubError: if it is not on the Hub.
     """
     if checkpoint.adapter is None:
-        return given, None
+        return (given or "").partition("@")[0] or None, None
     base, revision = checkpoint.adapter.base_model_name_or_path, checkpoint.adapter.revision
     if given is not None:
         base, _, revision = given.partition("@")
