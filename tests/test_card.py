@@ -1,5 +1,6 @@
 """`armt card`: what a model card says, what it may say, and when there is none."""
 
+import ast
 import copy
 import json
 import re
@@ -13,13 +14,19 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment
 from local_hub.metadata import check_card
 from markdown_it import MarkdownIt
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.cli import main
 from modeling_armt.conversion.publishing.card import CardError, card_of, render_card
 from modeling_armt.conversion.publishing.facts import gather
 from modeling_armt.conversion.publishing.folders import FolderError, inspect_folder
 from modeling_armt.conversion.publishing.results import ResultsError, check_results
 from modeling_armt.model_cards import TEMPLATE
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +194,52 @@ class TestText:
             assert len(rows) > 1 and len(counts) == 1
         outside = re.sub(r"<table>.*?</table>|<pre>.*?</pre>", "", html, flags=re.S)
         assert "|" not in outside
+
+
+class TestOtherKinds:
+    """Adapters, and models of symbols, which have no tokenizer."""
+
+    @staticmethod
+    def code(card: str) -> str:
+        code = re.search(r"```python\n(.*?)```", card, flags=re.S)[1]
+        ast.parse(code)
+        return code
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def adapter(cls, folder, tmp_path_factory) -> str:
+        """The card of an adapter on that checkpoint."""
+        adapter = tmp_path_factory.mktemp("card") / "lora"
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        get_peft_model(model, lora_config(model, r=2)).save_pretrained(adapter)
+        AutoTokenizer.from_pretrained(folder).save_pretrained(adapter)
+        facts = gather(inspect_folder(adapter), "ann/lora", "armt-0123456789ab", "ann/base", "0" * 40)
+        return render_card(facts)
+
+    def test_adapter_is_loaded_by_peft(self, adapter):
+        code = self.code(adapter)
+        assert "AutoPeftModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=True)" in code
+        assert "`torch`, `transformers` and `peft`" in section(adapter, "Use")
+
+    def test_adapter_names_its_base_at_a_commit(self, adapter):
+        data = ModelCard(adapter).data
+        assert (data.base_model, data.base_model_relation, data.library_name) == ("ann/base", "adapter", "peft")
+        assert "0" * 40 in section(adapter, "Security")
+        assert check_card(adapter) == ([], [])
+
+    def test_adapters_rank_is_told(self, adapter):
+        assert "| **LoRA** | r = 2, alpha = 32 |" in section(adapter, "Model")
+
+    def test_model_of_symbols(self, changeable):
+        (changeable / "results.json").unlink()
+        for path in changeable.glob("tokenizer*"):
+            path.unlink()
+        training = evaluated.training()
+        training["recipe"]["task"] = "associative_retrieval"
+        evaluated.write(changeable / "training.json", training)
+        text = card_of(changeable)
+        assert "AutoTokenizer" not in self.code(text)
+        assert "pairs of random keys and values" in section(text, "Training")
 
 
 class TestMetadata:

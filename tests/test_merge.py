@@ -96,15 +96,6 @@ class TestMerged:
         assert training == evaluated.training() | {"merged_from": hash_weights(adapter)}
         assert (merged / "recipe.yaml").read_text() == (adapter / "recipe.yaml").read_text()
 
-    def test_writes_as_the_adapter_does(self, merged, adapter, base):
-        """Bfloat16 rounds the two differently; a few words stay the same."""
-        adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
-        texts = [
-            model.eval().generate(input_ids=IDS[:1], max_new_tokens=4, do_sample=False)
-            for model in (adapted, AutoModelForCausalLM.from_pretrained(merged))
-        ]
-        assert texts[0].tolist() == texts[1].tolist()
-
     def test_float32_base_loses_nothing(self, adapter, base, tmp_path):
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).save_pretrained(tmp_path / "base")
         AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "base")

@@ -26,8 +26,10 @@ from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.cli import main
 from modeling_armt.conversion.demo import BACKBONE
 from modeling_armt.conversion.publishing import visits
+from modeling_armt.conversion.publishing.facts import gather
 from modeling_armt.conversion.publishing.folders import FolderError, inspect_folder
 from modeling_armt.conversion.publishing.hub import HubError, Repository
+from modeling_armt.conversion.publishing.publish import prepare
 from modeling_armt.conversion.publishing.shards import shard
 
 
@@ -442,6 +444,14 @@ class TestShards:
             found |= load_file(tmp_path / name)
         expected = load_file(folder / "model.safetensors")
         assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+    def test_are_made_of_a_file_that_is_too_large(self, folder, tmp_path):
+        prepare(gather(inspect_folder(folder)), tmp_path, most_bytes=2**20)
+        assert not (tmp_path / "model.safetensors").exists()
+        assert (tmp_path / "config.json").is_symlink()
+        found = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+        expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
     def test_load(self, changeable):
