@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from modeling_armt.conversion.demo import BACKBONE
 from modeling_armt.conversion.tasks import TASKS, load_task
 from modeling_armt.conversion.tasks.documents import read_documents, side_of
+from modeling_armt.conversion.tasks.options import parse_options
 from modeling_armt.conversion.tasks.text import loss_by_position
 
 
@@ -210,6 +211,43 @@ def test_the_answer_is_the_last_value_of_the_key(key_size, value_size, segment_s
     assert (repeated > 0) == rewrite or key_size == 3
 
 
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_without_its_pair_another_pair_stands_there(rewrite):
+    task = load_task("associative_retrieval", key_size=2, rewrite=rewrite, segment_size=7)
+    for sample in task.test(task.length(5), 50):
+        (start, end), prompt = sample["fact_spans"][0], sample["input_ids"][: sample["prompt_length"]]
+        key = prompt[-3:-1]
+        assert prompt[start : start + 2] == key and end - start == task.pair_size
+        without = task.prompt_without_facts(sample).tolist()
+        assert len(without) == len(prompt) and without[:start] + without[end:] == prompt[:start] + prompt[end:]
+        assert without[start : start + 2] != key and without[start:end] in [prompt[i : i + 5] for i in range(0, 35, 7)]
+    sample = next(iter(task.test(task.length(1), 1)))
+    assert task.prompt_without_facts(sample).tolist() == [task.pad_token_id] * 5 + sample["input_ids"][5:10]
+
+
+def test_lengths_are_tokens_or_pairs(tokenizer):
+    task = load_task("associative_retrieval", key_size=2)
+    assert task.tokens_of("50p") == task.length(50) and task.tokens_of("1kp") == task.length(1000)
+    assert task.tokens_of("4k") == load_task("passkey", tokenizer=tokenizer).tokens_of("4k") == 4000
+    for bad in ("p", "4x", "fifty", "-3", ""):
+        with pytest.raises(ValueError, match="is not a length; lengths look like"):
+            task.tokens_of(bad)
+
+
+def test_options_are_numbers_words_or_true_and_false():
+    text = ["key_size=3", "share=0.5", "rewrite=true", "vary=False", "source=a=b.txt", "task=qa1"]
+    assert parse_options(text) == {
+        "key_size": 3, "share": 0.5, "rewrite": True, "vary": False, "source": "a=b.txt", "task": "qa1"
+    }  # fmt: skip
+    for bad, message in (
+        (["key_size"], "not NAME=VALUE"),
+        (["=3"], "not NAME=VALUE"),
+        (["a=1", "a=2"], "given twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_options(bad)
+
+
 def test_pairs_fill_the_length_and_vary_only_in_training():
     task = load_task("associative_retrieval")
     assert task.pairs_in(4 * 6) == task.pairs_in(4 * 6 + 3) == 5
@@ -289,6 +327,16 @@ def test_the_fact_is_where_depth_and_distance_say(hidden, tokenizer):
         ends = [(s["prompt_length"] - s["distances"][0]) / s["prompt_length"] for s in grid]
         assert ends == sorted(ends)
         assert all(abs((end - ends[0]) / (ends[-1] - ends[0]) - i / 10) < 0.05 for i, end in enumerate(ends))
+
+
+def test_without_its_fact_a_text_is_as_long_and_tells_no_number(hidden, tokenizer):
+    for sample in hidden.test(400, 11):
+        (start, end), prompt = sample["fact_spans"][0], sample["input_ids"][: sample["prompt_length"]]
+        assert sample["answer"] in tokenizer.decode(prompt[start:end])
+        without = hidden.prompt_without_facts(sample).tolist()
+        assert len(without) == len(prompt) and without[:start] + without[end:] == prompt[:start] + prompt[end:]
+        assert sample["answer"] in tokenizer.decode(prompt) and sample["answer"] not in tokenizer.decode(without)
+        assert without == hidden.prompt_without_facts(sample).tolist()
 
 
 def test_training_has_all_depths(hidden):

@@ -490,6 +490,24 @@ class TestSamples:
                     ids = prompt[: len(prompt) - distance]
                     assert tokenizer.decode(ids).endswith(story.facts[support])
 
+    def test_without_its_facts_a_text_is_as_long(self, qa1, tokenizer):
+        for sample in qa1.test(1000, 5):
+            prompt, ((start, end),) = sample["input_ids"][: sample["prompt_length"]], sample["fact_spans"]
+            fact = tokenizer.decode(prompt[start:end]).strip()
+            assert fact in sample["facts"]
+            without = qa1.prompt_without_facts(sample).tolist()
+            assert len(without) == len(prompt) and without[:start] + without[end:] == prompt[:start] + prompt[end:]
+            assert tokenizer.decode(without).count(fact) == tokenizer.decode(prompt).count(fact) - 1
+
+    def test_without_facts_and_background_a_text_is_shorter(self, tokenizer):
+        task = Babilong("qa1", tokenizer)
+        sample = task.test(0, 1)[0]
+        (start, end), prompt = sample["fact_spans"][0], sample["input_ids"][: sample["prompt_length"]]
+        assert task.prompt_without_facts(sample).tolist() == prompt[:start] + prompt[end:]
+
+    def test_lengths_are_in_tokens_of_gpt2(self, qa1):
+        assert qa1.tokens_of("4k") == qa1.tokens(4000) and qa1.tokens_of("0k") == 0
+
     def test_facts_lie_over_the_whole_length(self, qa1):
         shares = [
             sample["distances"][0] / sample["prompt_length"]
