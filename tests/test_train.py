@@ -45,6 +45,9 @@ from modeling_armt.conversion.training.train import load_model, make_trainable, 
 from modeling_armt.conversion.training.trainer import CurriculumTrainer, training_arguments
 
 
+# PEFT asks transformers by the old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+
 CARDS = Path(__file__).parents[1] / "model_cards" / "associative_retrieval"
 make_backbone = runpy.run_path(str(CARDS / "make_backbone.py"))["make_backbone"]
 
@@ -68,7 +71,7 @@ QUICK = {
 def symbols(tmp_path_factory) -> Path:
     """A tiny checkpoint for associative retrieval, without a tokenizer."""
     folder = tmp_path_factory.mktemp("symbols") / "model"
-    make_backbone(folder, width=16, layers=2, heads=2, num_mem_tokens=2, d_mem=4, variant="v2")
+    make_backbone(folder, width=16, layers=2, heads=2, num_mem_tokens=2, d_mem=4)
     return folder
 
 
@@ -517,8 +520,8 @@ def interrupted(monkeypatch, step: int):
 class TestResume:
     def test_killed_run_comes_to_the_same_end(self, recipe, symbols, tmp_path):
         """kill -9 after a checkpoint, in the middle of a stage."""
-        stages = [{"pairs": 1, "max_steps": 5}, {"pairs": 2, "max_steps": 60}]
-        changes = {"stages": stages, "save_steps": 4, "eval_steps": 10, "logging_steps": 2}
+        stages = [{"pairs": 1, "max_steps": 5}, {"pairs": 2, "max_steps": 40}]
+        changes = {"stages": stages, "save_steps": 4, "eval_steps": 20, "logging_steps": 2}
         undisturbed = train(recipe(**changes, out=tmp_path / "whole"))
         file = write(tmp_path / "r.yaml", {"model": symbols, "out": tmp_path / "out", **QUICK, **changes})
         process = armt("--recipe", file)
@@ -579,7 +582,7 @@ class TestProcesses:
             "model": words,
             **TestAdapters.CHANGES,
             "gradient_accumulation": 2,
-            "stages": [{"segments": 2, "at_least": 2, "max_steps": 2}, {"length": 48, "max_steps": 2}],
+            "stages": [{"segments": 2, "at_least": 2, "max_steps": 2}, {"length": 60, "max_steps": 2}],
             "distillation": {"source": str(texts), "batch_size": 2, "tokens": 20},
             "background": {"segments": 2, "source": str(texts)},
         }

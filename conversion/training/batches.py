@@ -121,6 +121,7 @@ def load_batches(dataset: StageBatches, workers: int, device: torch.device) -> I
         num_workers=workers,
         prefetch_factor=max(2, LANES // workers) if workers else None,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else a loader takes a number from the generator that dropout uses
     )
     for batch in loader:
         yield {

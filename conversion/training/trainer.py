@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments
 
 from ..adapters import parameter_groups
-from ..checkpoints import armt_model
+from ..checkpoints import armt_model, load_checkpoint
 from .curriculum import Curriculum
 from .data import StageData
 from .distillation import Teacher, divergence
@@ -51,6 +52,14 @@ class CurriculumTrainer(Trainer):
             batch = next(batches)
             curriculum.tokens += batch.pop("tokens")
             yield batch
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        # The stock way does not rename weights as `from_pretrained` does, and leaves out those such as GPT-NeoX's head.
+        if isinstance(self.model, PeftModel):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            loaded, _ = load_checkpoint(resume_from_checkpoint, self.model.dtype, "cpu")
+            self.model.load_state_dict(loaded.state_dict())
 
     # Optimization
 

@@ -27,7 +27,7 @@ def make_backbone(
     d_mem: int = 64,
     key_size: int = 1,
     value_size: int = 1,
-    variant: str = "paper",
+    variant: str = "v2",
     correction: bool = True,
 ) -> ARMTForCausalLM:
     """
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--d-mem", type=int, default=64)
     parser.add_argument("--key-size", type=int, default=1, help="symbols of a key in the first stage (default 1)")
     parser.add_argument("--value-size", type=int, default=1)
-    parser.add_argument("--variant", choices=list(VARIANTS), default="paper", help="of the memory (default paper)")
+    parser.add_argument("--variant", choices=list(VARIANTS), default="v2", help="of the memory (default v2)")
     parser.add_argument("--no-correction", action="store_true", help="without the correction gamma, for comparison")
     args = vars(parser.parse_args())
     correction = not args.pop("no_correction")
