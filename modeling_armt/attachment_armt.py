@@ -17,49 +17,10 @@ import torch
 from torch import nn
 
 from .memory_armt import AssociativeMemory, MemoryState
+from .statistics_armt import LayerStatistics
 
 
 _current_pass: ContextVar["SegmentPass | None"] = ContextVar("armt_segment_pass", default=None)
-
-
-class MemoryStatistics:
-    """
-    Running statistics of the memories, kept as tensors: collecting them does not wait for the device.
-
-    Attributes:
-        gamma_sum, gamma_count: by layer, `(B,)`, sum and number of the gammas of all memory tokens written.
-        min_denominator: by layer, `(B,)`, smallest q . z + eps or k . z + eps met once there was something to divide.
-    """
-
-    def __init__(self):
-        self.gamma_sum: dict[int, torch.Tensor] = {}
-        self.gamma_count: dict[int, torch.Tensor] = {}
-        self.min_denominator: dict[int, torch.Tensor] = {}
-
-    def map(self, function) -> "MemoryStatistics":
-        """A copy with `function` applied to every tensor."""
-        copy = MemoryStatistics()
-        for name, by_layer in vars(self).items():
-            setattr(copy, name, {layer: function(value) for layer, value in by_layer.items()})
-        return copy
-
-    def add_gamma(self, layer: int, gamma: torch.Tensor, rows: torch.Tensor | None):
-        """Adds `(B, m)` gammas, which carry no gradient, of the rows that wrote."""
-        wrote = gamma.new_ones(gamma.shape[0]) if rows is None else rows.to(gamma)
-        self.gamma_sum[layer] = gamma.sum(1) * wrote + self.gamma_sum.get(layer, 0.0)
-        self.gamma_count[layer] = gamma.shape[1] * wrote + self.gamma_count.get(layer, 0.0)
-
-    def add_denominator(self, layer: int, denominator: torch.Tensor | None, ignore: torch.Tensor | None):
-        """Takes in `(B, P)` denominators, less those that `ignore`, broadcastable to `(B, P)`, marks."""
-        if denominator is None:
-            return
-        denominator = denominator.detach()
-        if ignore is not None:
-            denominator = denominator.masked_fill(ignore.to(denominator.device), float("inf"))
-        least = denominator.amin(1)
-        if layer in self.min_denominator:
-            least = least.minimum(self.min_denominator[layer])
-        self.min_denominator[layer] = least
 
 
 @dataclass
@@ -75,7 +36,7 @@ class SegmentPass:
         writing_rows: `(B,)` bool, the rows that write; None means all.
         unwritten_rows: `(B,)` bool, the rows that have never written; None means none of those with a state.
         filler: `(B, P)` bool, positions that hold neither a real nor a memory token; None means none.
-        statistics: filled if given.
+        statistics: by layer, replaced if given.
     """
 
     memories: Mapping[str, AssociativeMemory]
@@ -85,7 +46,7 @@ class SegmentPass:
     writing_rows: torch.Tensor | None = None
     unwritten_rows: torch.Tensor | None = None
     filler: torch.Tensor | None = None
-    statistics: MemoryStatistics | None = None
+    statistics: dict[int, LayerStatistics] | None = None
     fired: list[tuple[str, int]] = field(default_factory=list)
 
     def read(self, layer: int, x: torch.Tensor) -> torch.Tensor:
@@ -94,14 +55,14 @@ class SegmentPass:
         state = self.states[layer]
         if state is None:  # reading an empty memory adds exactly 0
             return x
-        x, denominator = self.memories[str(layer)].read(x, state)
+        read, terms = self.memories[str(layer)].read(x, state)
         if self.statistics is not None:
             ignore = self.filler
             if self.unwritten_rows is not None:
                 rows = self.unwritten_rows[:, None]
                 ignore = rows if ignore is None else rows | ignore
-            self.statistics.add_denominator(layer, denominator, ignore)
-        return x
+            self.statistics[layer] = self._statistics(layer, state).after_read(x, terms, ignore)
+        return read
 
     def write(self, layer: int, y: torch.Tensor) -> None:
         """After a layer: takes the memory tokens out of its `(B, P, D)` output and stores them."""
@@ -116,14 +77,13 @@ class SegmentPass:
         if first is not None:
             first = first.to(old.A.device)
         new, terms = memory.write(self._memory_tokens(y), old, first)
+        writing = None if self.writing_rows is None else self.writing_rows.to(old.A.device)
         if self.statistics is not None:
-            self.statistics.add_gamma(layer, terms.gamma, self.writing_rows)
-            not_writing = None if self.writing_rows is None else ~self.writing_rows.to(old.A.device)
-            ignore = first if not_writing is None else not_writing if first is None else first | not_writing
-            self.statistics.add_denominator(layer, terms.denominator, None if ignore is None else ignore[:, None])
-        if self.writing_rows is not None:
-            new = new.where(self.writing_rows.to(old.A.device), old)
-        self.states[layer] = new
+            self.statistics[layer] = self._statistics(layer, old).after_write(new.A, terms, first, writing)
+        self.states[layer] = new if writing is None else new.where(writing, old)
+
+    def _statistics(self, layer: int, state: MemoryState) -> LayerStatistics:
+        return self.statistics.get(layer) or LayerStatistics.new(len(state.A), state.A)
 
     def _memory_tokens(self, y: torch.Tensor) -> torch.Tensor:
         if isinstance(self.write_at, int):

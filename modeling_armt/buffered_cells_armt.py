@@ -9,6 +9,7 @@ import torch
 from .cells_armt import CELLS_LOCK, GroupInputs, LayerState
 from .groups_armt import LayerGroups
 from .replay_armt import Replay
+from .statistics_armt import LayerStatistics
 
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ class BufferedCells:
             state = None
             if group.like is not None:
                 state = group.like.zero_state(lanes, self.device)
-                sums = [state.A.new_zeros(lanes) for _ in range(3)] if collect else ()
-                state = LayerState(*state, *sums).map(lambda t, size=size: t.expand(size, *t.shape).clone())
+                statistics = LayerStatistics.new(lanes, state.A) if collect else ()
+                state = LayerState(*state, *statistics).map(lambda t, size=size: t.expand(size, *t.shape).clone())
             self.state.append(state)
             # Of every cell: whether its row is new to the memory, and whether it writes.
             self.flags.append(torch.tensor([False, True], device=self.device)[:, None, None].repeat(1, size, lanes))

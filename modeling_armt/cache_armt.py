@@ -15,9 +15,9 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from .attachment_armt import MemoryStatistics
 from .memory_armt import MemoryState
 from .segmentation_armt import Step
+from .statistics_armt import LayerStatistics, summary
 
 
 class SegmentKeys(DynamicCache):
@@ -89,7 +89,7 @@ class ARMTCache(Cache):
         """Forgets everything."""
         self.lent_to = None
         self.states: dict[int, MemoryState | None] = {}
-        self.statistics = MemoryStatistics()
+        self.statistics: dict[int, LayerStatistics] = {}
         self.keys: SegmentKeys | None = None
         self.opened: list[int] = []
         self.segments: list[int] = []
@@ -117,29 +117,28 @@ class ARMTCache(Cache):
         new.columns = 0
         return new
 
-    def stats(self) -> dict[int, dict[str, list[float] | None]]:
+    def stats(self) -> dict[int, dict[str, list[float | None] | None]]:
         """
-        Health of the memory, by layer and row: the norms of A and z, the smallest denominator that a read or a write
-        divided by (None before anything was divided, or without denominator) and the mean gamma of all memory tokens
-        written. Empty before the first write.
+        Health of the memory, by layer, name and row; empty before the first write.
+
+            A_norm, z_norm      norms of A and z
+            A_growth            doublings of |A| per 1,000 segments, over about the later half of the text
+            mean_gamma          of all memory tokens written
+            zero_gamma_share    share of the memory tokens written whose gamma was 0, so that z took nothing of them
+            lambda_max          over all writes but the first, the largest eigenvalue of the matrix
+                                M = sum_m beta k k^T / (k . z + eps): an upper bound, usually 0 to 5% too large.
+                                A grows exponentially where it stays above 2
+            lambda_last         the same of the last write
+            min_kz_ratio        smallest (k . z + eps) / |k|^2 of a write: gamma is 0 from 1 on
+            min_qz              smallest q . z + eps that a read divided by
+            min_denominator     smallest that a read or a write divided by
+            max_read_ratio      largest |read| / |x|: what the memory added to a position, beside what was there
+
+        None where a row has met nothing of the kind yet, for all rows if nothing was collected (nothing is in
+        training) or if a memory without denominator has no such thing.
         """
-        result = {}
-        for layer, state in self.states.items():
-            if state is None:
-                continue
-            least, gamma_sum = (by.get(layer) for by in (self.statistics.min_denominator, self.statistics.gamma_sum))
-            mean_gamma = None  # nothing is collected while training
-            if gamma_sum is not None:
-                mean_gamma = (gamma_sum / self.statistics.gamma_count[layer].clamp(min=1)).tolist()
-            result[layer] = {
-                "A_norm": state.A.flatten(1).norm(dim=1).tolist(),
-                "z_norm": None if state.z is None else state.z.norm(dim=1).tolist(),
-                "min_denominator": None
-                if least is None
-                else [v if v < float("inf") else None for v in least.tolist()],
-                "mean_gamma": mean_gamma,
-            }
-        return result
+        layers = {layer: state for layer, state in self.states.items() if state is not None}
+        return {layer: summary(state, self.statistics.get(layer)) for layer, state in layers.items()}
 
     # What generate and its helpers ask of a cache
 
@@ -234,7 +233,7 @@ class ARMTCache(Cache):
         """A copy with `function` applied to every tensor."""
         new = copy.copy(self)
         new.states = {layer: None if state is None else state.map(function) for layer, state in self.states.items()}
-        new.statistics = self.statistics.map(function)
+        new.statistics = {layer: statistics.map(function) for layer, statistics in self.statistics.items()}
         new.keys = None if self.keys is None else self.keys.map(function)
         new.last_hidden = None if self.last_hidden is None else function(self.last_hidden)
         return new

@@ -13,6 +13,7 @@ from .memory_armt import MemoryState
 from .native_armt import NativeCall
 from .stacked_memory_armt import StackedMemory, memory_weights
 from .stacking_armt import LayerGroup
+from .statistics_armt import LayerStatistics
 
 
 # Held while cells are called, since the choice of attention kernels is one for the whole process.
@@ -22,13 +23,15 @@ Tensors = dict[int, torch.Tensor]
 
 
 class LayerState(NamedTuple):
-    """What the layers of a call remember, `(G, W, ...)` each for W lanes; the last three only outside of training."""
+    """What the layers of a call remember, `(G, W, ...)` each for W lanes; [`LayerStatistics`] outside of training."""
 
     A: torch.Tensor | None
     z: torch.Tensor | None
-    gamma_sum: torch.Tensor | None = None
-    gamma_count: torch.Tensor | None = None
-    min_denominator: torch.Tensor | None = None
+    reads: torch.Tensor | None = None
+    peaks: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    marks: torch.Tensor | None = None
+    last: torch.Tensor | None = None
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         return LayerState(*(None if tensor is None else function(tensor) for tensor in self))
@@ -148,6 +151,8 @@ class CellGroup:
             backends = [SDPBackend.MATH]
         elif not torch.is_grad_enabled():
             backends = [SDPBackend.CUDNN_ATTENTION, *backends]
+        elif x.shape[-2] % 32:  # compiled, the efficient kernel's backward pass fails on other lengths (torch 2.11)
+            backends.remove(SDPBackend.EFFICIENT_ATTENTION)
         with sdpa_kernel(backends, set_priority=True):
             return self.layers(weights, x, own, call)
 
@@ -181,22 +186,17 @@ class CellGroup:
         if memory_weights is None:
             return self.run_layers(weights, x, shared, own), state
         memory, old = StackedMemory(self.like, memory_weights), MemoryState(state.A, state.z)
-        x, read_denominator = memory.read(x, old)
-        y = self.run_layers(weights, x, shared, own)
+        read, terms = memory.read(x, old)
+        statistics = None
+        if state.reads is not None:
+            new_rows = None if first is None else first[..., None]
+            statistics = LayerStatistics(*state[2:]).after_read(x, terms, new_rows)
+        del terms  # not kept while the layers run
+        y = self.run_layers(weights, read, shared, own)
         new, terms = memory.write(y[:, :, -num_mem_tokens:], old, first)
-        if writes is not None:
-            new = new.where(writes, old)
-        if state.gamma_sum is None:
-            return y, LayerState(*new)
-        wrote = torch.ones_like(state.gamma_sum) if writes is None else writes.to(state.gamma_sum)
-        least = state.min_denominator
-        if read_denominator is not None:
-            met = read_denominator.amin(-1).minimum(terms.denominator.amin(-1))
-            for rows in (first, None if writes is None else ~writes):
-                met = met if rows is None else met.masked_fill(rows, float("inf"))
-            least = least.minimum(met)
-        gamma_sum = state.gamma_sum + terms.gamma.sum(-1) * wrote
-        return y, LayerState(*new, gamma_sum, state.gamma_count + num_mem_tokens * wrote, least)
+        if statistics is not None:
+            statistics = statistics.after_write(new.A, terms, first, writes)
+        return y, LayerState(*(new if writes is None else new.where(writes, old)), *(statistics or ()))
 
     def _run_in_place(self, weights, memory_weights, state: LayerState | None, x, y: torch.Tensor, *args) -> None:
         """[`CellGroup._run`] whose results go to `y` and to where the state was."""

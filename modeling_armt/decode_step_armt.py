@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .attachment_armt import MemoryStatistics, attach_memories, find_decoder_layers
+from .attachment_armt import attach_memories, find_decoder_layers
 from .cache_armt import ARMTCache
 from .head_armt import run_head
 from .memory_armt import MemoryState
 from .native_armt import StandIn, with_layers
 from .replay_armt import Replay
 from .static_keys_armt import StaticKeys, bare_layer, load_keys, slot_masks, unload_keys
+from .statistics_armt import LayerStatistics
 
 
 if TYPE_CHECKING:
@@ -117,10 +118,7 @@ class DecodeStep:
             # Reads are bound by the bytes of A, which is constant within a segment.
             short = self.dtype == torch.bfloat16
             self.read_A = {index: s.A.to(self.dtype) if short else s.A for index, s in self.states.items()}
-            self.statistics = MemoryStatistics()
-            for index, state in self.states.items():
-                for by_layer in vars(self.statistics).values():
-                    by_layer[index] = state.A.new_zeros(size)
+            self.statistics = {index: LayerStatistics.new(size, state.A) for index, state in self.states.items()}
             self.ids = torch.zeros(size, 1, dtype=torch.long, device=self.device)
             self.real = torch.ones(size, dtype=torch.bool, device=self.device)
             self.position = torch.zeros(size, dtype=torch.long, device=self.device)
@@ -168,11 +166,12 @@ class DecodeStep:
                         tensor.zero_() if state is None else tensor.copy_(getattr(state, name))
                 if self.read_A[index] is not buffer.A:
                     self.read_A[index].copy_(buffer.A)
-            for name, by_layer in vars(self.statistics).items():
-                for index, tensor in by_layer.items():
-                    known = getattr(cache.statistics, name).get(index)
-                    empty = float("inf") if name == "min_denominator" else 0.0
-                    tensor.fill_(empty) if known is None else tensor.copy_(known)
+            for index, buffers in self.statistics.items():
+                known = cache.statistics.get(index)
+                if known is None:
+                    known = LayerStatistics.new(self.batch_size, self.states[index].A)
+                for buffer, tensor in zip(buffers, known, strict=True):
+                    buffer.copy_(tensor)
             if self.last_hidden is None:
                 self.last_hidden = torch.empty_like(cache.last_hidden)
             self.last_hidden.copy_(cache.last_hidden)
@@ -181,12 +180,12 @@ class DecodeStep:
 
     def unload(self, opened: list[int], segments: list[int]) -> dict:
         """The tensors of an [`ARMTCache`] as they are now, in memory of their own."""
-        statistics, states = MemoryStatistics(), dict.fromkeys(self.states)
+        statistics, states = {}, dict.fromkeys(self.states)
         if any(segments):
-            states = {index: state.map(torch.Tensor.clone) for index, state in self.states.items()}
-            statistics = self.statistics.map(torch.Tensor.clone)
-            if not self.config.use_denom:
-                statistics.min_denominator = {}
+            states, statistics = (
+                {index: tensors.map(torch.Tensor.clone) for index, tensors in by_layer.items()}
+                for by_layer in (self.states, self.statistics)
+            )
         keys = unload_keys(opened, self.buffers)
         return {"keys": keys, "states": states, "statistics": statistics, "last_hidden": self.last_hidden.clone()}
 
@@ -245,12 +244,10 @@ class DecodeStep:
         state = self.states[index]
         if x.dtype == self.dtype:
             state = MemoryState(self.read_A[index], state.z)
-        x, denominator = self.memory[str(index)].read(x, state)
-        if denominator is not None:
-            least = self.statistics.min_denominator[index]
-            counts = self.real & self.written
-            least.copy_(torch.where(counts, torch.minimum(least, denominator[:, 0]), least))
-        return x
+        read, terms = self.memory[str(index)].read(x, state)
+        statistics, counts = self.statistics[index], self.real & self.written
+        statistics.reads.copy_(statistics.after_read(x, terms, ~counts[:, None]).reads)
+        return read
 
     # The end of a segment
 
@@ -274,9 +271,10 @@ class DecodeStep:
 
     def _read_rows(self, index: int, x: torch.Tensor) -> torch.Tensor:
         rows = self._flushed
-        x, denominator = self.memory[str(index)].read(x, self.states[index].map(lambda t: t[rows]))
-        self._least(index, denominator)
-        return x
+        read, terms = self.memory[str(index)].read(x, self.states[index].map(lambda t: t[rows]))
+        statistics = self.statistics[index].map(lambda t: t[rows])
+        self._keep(index, statistics.after_read(x, terms, ~self.written[rows][:, None]))
+        return read
 
     def _write_rows(self, index: int, y: torch.Tensor) -> None:
         rows, buffer = self._flushed, self.states[index]
@@ -287,15 +285,12 @@ class DecodeStep:
             buffer.z.index_copy_(0, rows, new.z)
         if self.read_A[index] is not buffer.A:
             self.read_A[index].index_copy_(0, rows, new.A.to(self.dtype))
-        self._least(index, terms.denominator)
-        self.statistics.gamma_sum[index].index_add_(0, rows, terms.gamma.sum(1))
-        self.statistics.gamma_count[index].index_add_(0, rows, torch.full_like(terms.gamma[:, 0], y.shape[1]))
+        statistics = self.statistics[index].map(lambda tensor: tensor[rows])
+        self._keep(index, statistics.after_write(new.A, terms, first, None))
 
-    def _least(self, index: int, denominator: torch.Tensor | None) -> None:
-        if denominator is not None:
-            rows, least = self._flushed, self.statistics.min_denominator[index]
-            new = torch.where(self.written[rows], denominator.amin(1).minimum(least[rows]), least[rows])
-            least.index_copy_(0, rows, new)
+    def _keep(self, index: int, statistics: LayerStatistics) -> None:
+        for buffer, tensor in zip(self.statistics[index], statistics, strict=True):
+            buffer.index_copy_(0, self._flushed, tensor)
 
 
 def _bind(function: Callable | None, index: int) -> Callable | None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .attachment_armt import MemoryStatistics, find_decoder_layers
+from .attachment_armt import find_decoder_layers
 from .buffered_cells_armt import BufferedCells
 from .cells_armt import LayerState
 from .functional_cells_armt import FunctionalCells
@@ -28,6 +28,7 @@ from .memory_armt import MemoryState
 from .native_armt import native_pass
 from .segmentation_armt import RealTokens, Step
 from .sequential_armt import embed_memory_tokens, embed_tokens
+from .statistics_armt import LayerStatistics
 
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class Pipeline:
         prepared: what [`prepare`] returned.
         steps: steps with `rows`; the first has the most rows.
         states, segments: the memories of all rows, and how many segments each row has written.
-        statistics: filled if given.
+        statistics: by layer, replaced if given.
         cached: whether somebody may go on from the end.
         wants: whether anybody looks at the outputs of a step.
 
@@ -64,7 +65,7 @@ class Pipeline:
         steps: list[Step],
         states: dict[int, MemoryState | None],
         segments: list[int],
-        statistics: MemoryStatistics | None,
+        statistics: dict[int, LayerStatistics] | None,
         cached: bool,
         wants: Callable[[Step], bool],
     ):
@@ -162,11 +163,10 @@ class Pipeline:
             state = state.map(lambda tensor: tensor[rows])
         if self.statistics is None:
             return LayerState(*state)
-        fields = [by.get(layer) for by in (self.statistics.gamma_sum, self.statistics.gamma_count)]
-        sums = [state.A.new_zeros(len(rows)) if field is None else field[rows] for field in fields]
-        least = self.statistics.min_denominator.get(layer)
-        least = state.A.new_full((len(rows),), float("inf")) if least is None else least[rows]
-        return LayerState(*state, *sums, least)
+        known = self.statistics.get(layer)
+        if known is None:
+            return LayerState(*state, *LayerStatistics.new(len(rows), state.A))
+        return LayerState(*state, *known.map(lambda tensor: tensor[rows]))
 
     def _collect(self) -> None:
         """Leaves states, segments and statistics as they are after the stretch."""
@@ -182,12 +182,10 @@ class Pipeline:
                 for number, row in enumerate(others):
                     ended[row] = initial.map(lambda tensor, number=number: tensor[number])
             fields = zip(*(ended[row] for row in range(len(self.segments))), strict=True)
-            A, z, *sums = (None if field[0] is None else torch.stack(field) for field in fields)
+            A, z, *statistics = (None if field[0] is None else torch.stack(field) for field in fields)
             self.states[layer] = MemoryState(A, z)
             if self.statistics is not None:
-                for name, value in zip(("gamma_sum", "gamma_count", "min_denominator"), sums, strict=True):
-                    if name != "min_denominator" or z is not None:
-                        getattr(self.statistics, name)[layer] = value
+                self.statistics[layer] = LayerStatistics(*statistics)
 
     # What the decoder does before its first layer and after its last one
 

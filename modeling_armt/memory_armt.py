@@ -41,11 +41,23 @@ class MemoryState(NamedTuple):
         return MemoryState(A, None if self.z is None else torch.where(rows[..., None], self.z, other.z))
 
 
-class WriteTerms(NamedTuple):
-    """The two quantities that tell how a write went; for statistics."""
+class ReadTerms(NamedTuple):
+    """What tells how a read went; for statistics and inspection."""
 
+    q: torch.Tensor  # (B, P, K)
+    answer: torch.Tensor  # (B, P, D), what was added to x
+    denominator: torch.Tensor | None  # (B, P), q . z + eps; None without denominator
+
+
+class WriteTerms(NamedTuple):
+    """What tells how a write went; for statistics and inspection."""
+
+    k: torch.Tensor  # (B, m, K)
+    v: torch.Tensor  # (B, m, D)
+    beta: torch.Tensor  # (B, m, 1)
     gamma: torch.Tensor  # (B, m), share of each key that was new to z
     denominator: torch.Tensor | None  # (B, m), k . z + eps before the write; None without denominator
+    overlap: torch.Tensor | None  # (B, m), (k . z + eps) / (|k|^2 + gamma_eps), of which gamma is 1 less
 
 
 def dpfp(u: torch.Tensor, nu: int) -> torch.Tensor:
@@ -74,7 +86,7 @@ class MemoryEquations:
         features = dpfp(u, self.nu)
         return nn.functional.normalize(features, dim=-1, eps=1e-12) if self.normalize_features else features
 
-    def read(self, x: torch.Tensor, state: MemoryState) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, x: torch.Tensor, state: MemoryState) -> tuple[torch.Tensor, ReadTerms]:
         """
         Adds to every position what the memory answers to it.
 
@@ -83,17 +95,18 @@ class MemoryEquations:
             state: the memory after the previous segment.
 
         Returns:
-            The new layer input `(B, P, D)` in the dtype of `x`, and the denominators q . z + eps `(B, P)`, or None.
+            The new layer input `(B, P, D)` in the dtype of `x`, and the terms of the read.
         """
         with torch.autocast(x.device.type, enabled=False):  # float32 also under mixed precision
             q = self._features(self._project(self.memory_query, x))  # (B, P, K)
             if x.dtype == torch.bfloat16:
                 denominator = self._denominator(q, state)
-                q = q if denominator is None else q / denominator[..., None]
-                answer = q.to(x.dtype) @ state.A.to(x.dtype)
+                divided = q if denominator is None else q / denominator[..., None]
+                answer = divided.to(x.dtype) @ state.A.to(x.dtype)
             else:
                 answer, denominator = self._recall(q, state)
-            return x + answer.to(x.device, x.dtype), denominator
+            answer = answer.to(x.device, x.dtype)
+            return x + answer, ReadTerms(q, answer, denominator)
 
     def write(
         self, y: torch.Tensor, state: MemoryState, first: torch.Tensor | None = None
@@ -117,13 +130,15 @@ class MemoryEquations:
             known, denominator = self._recall(k, state)  # an empty memory knows 0
             A = state.A + self._update(beta * k, v - known)
 
-            gamma = k.new_ones(k.shape[:-1])
+            gamma, overlap = k.new_ones(k.shape[:-1]), None
+            if self.use_denom:
+                overlap = (denominator / (k.square().sum(-1) + self.gamma_eps)).detach()
             if self.use_denom and self.correction:
-                gamma = (1 - denominator / (k.square().sum(-1) + self.gamma_eps)).clamp(0, 1).detach()
+                gamma = (1 - overlap).clamp(0, 1)
                 if first is not None:
                     gamma = gamma.masked_fill(first[..., None], 1.0)
             z = state.z + (gamma[..., None] * k).sum(-2) if self.use_denom else None
-            return MemoryState(A, z), WriteTerms(gamma, denominator)
+            return MemoryState(A, z), WriteTerms(k, v, beta, gamma, denominator, overlap)
 
     def _answer(self, query: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """query A `(B, P, D)` for `(B, P, K)` queries."""

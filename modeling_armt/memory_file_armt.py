@@ -14,9 +14,11 @@ from transformers.modeling_utils import safe_open, safe_save_file
 
 from .cache_armt import ARMTCache, SegmentKeys
 from .memory_armt import MemoryState
+from .statistics_armt import LayerStatistics
 
 
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+READABLE_VERSIONS = ("1", "2")  # 1 had other statistics
 _TRAINING_ONLY = ("drop", "initializer", "coef")
 _CHUNK = 1 << 24  # elements checksummed at once, to bound the memory it takes
 
@@ -78,8 +80,8 @@ def save_memory(model: PreTrainedModel, cache: ARMTCache, path: str | os.PathLik
         if state is not None:
             tensors[f"states.{layer}.A"] = state.A
             tensors |= {} if state.z is None else {f"states.{layer}.z": state.z}
-    for name, by_layer in vars(cache.statistics).items():
-        tensors |= {f"statistics.{layer}.{name}": value for layer, value in by_layer.items()}
+    for layer, statistics in cache.statistics.items():
+        tensors |= {f"statistics.{layer}.{name}": value for name, value in statistics.columns().items()}
     for layer, keys in enumerate([] if cache.keys is None else cache.keys.layers):
         tensors |= {f"keys.{layer}.keys": keys.keys, f"keys.{layer}.values": keys.values}
     rows = {"opened": cache.opened, "segments": cache.segments, "tokens": cache.tokens}
@@ -113,9 +115,9 @@ def load_memory(model: PreTrainedModel, path: str | os.PathLike) -> ARMTCache:
         raise ValueError(f"{path} is truncated or not a memory file: {error}") from error
     if metadata.get("format") != "armt-memory":
         raise ValueError(f"{path} is a safetensors file, but not a memory written by save_memory.")
-    if metadata["version"] != FORMAT_VERSION:
+    if metadata["version"] not in READABLE_VERSIONS:
         raise ValueError(
-            f"{path} has memory format {metadata['version']}, this code reads {FORMAT_VERSION}; "
+            f"{path} has memory format {metadata['version']}, this code reads {' and '.join(READABLE_VERSIONS)}; "
             "read the text again, or use the package version that wrote the file."
         )
     if metadata["model"] != model_identity(model):
@@ -133,12 +135,18 @@ def load_memory(model: PreTrainedModel, path: str | os.PathLike) -> ARMTCache:
     for name, tensor in tensors.items():
         kind, layer, field = name.split(".")
         layer = int(layer)
+        if kind in ("states", "statistics"):
+            place = (memories[layer].device or devices[layer], memories[layer].state_dtype)
         if kind == "states" and field == "A":
             z = tensors.get(f"states.{layer}.z")
-            place = (memories[layer].device or devices[layer], memories[layer].state_dtype)
             cache.states[layer] = MemoryState(tensor, z).map(lambda t, place=place: t.to(*place))
         elif kind == "statistics":
-            getattr(cache.statistics, field)[layer] = tensor.to(memories[layer].device or devices[layer])
+            if field in ("gamma_sum", "gamma_count"):  # version 1 counted memory tokens
+                field = {"gamma_sum": "gamma", "gamma_count": "writes"}[field]
+                tensor = tensor / model.config.num_mem_tokens
+            if layer not in cache.statistics:
+                cache.statistics[layer] = LayerStatistics.new(len(tensor), memories[layer].zero_state(0, place[0]).A)
+            cache.statistics[layer].set_column(field, tensor)
     num_key_layers = sum(name.startswith("keys.") for name in tensors) // 2
     if num_key_layers:
         cache.keys = SegmentKeys()

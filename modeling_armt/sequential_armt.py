@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .attachment_armt import MemoryStatistics, SegmentPass
+from .attachment_armt import SegmentPass
 from .cache_armt import SegmentKeys
 from .memory_armt import MemoryState
 from .segmentation_armt import RealTokens, Step
+from .statistics_armt import LayerStatistics
 
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def run_segment(
     segments: list[int],
     keys: SegmentKeys | None,
     cached: bool,
-    statistics: MemoryStatistics | None,
+    statistics: dict[int, LayerStatistics] | None,
     output_hidden_states: bool,
 ) -> tuple[tuple[torch.Tensor, ...], States, SegmentKeys | None]:
     """
@@ -74,7 +75,7 @@ def run_segment(
         segments: segments each row has written.
         keys: of the open segments; None if none is open.
         cached: whether somebody may go on from here, so that the keys of segments that stay open are needed.
-        statistics: filled if given.
+        statistics: by layer, replaced if given.
 
     Returns:
         Last hidden state and, if asked for, those of all layers, the new states, the new keys.
@@ -109,7 +110,7 @@ def _segment_pass(
     segments: list[int],
     width: int,
     device: torch.device,
-    statistics: MemoryStatistics | None,
+    statistics: dict[int, LayerStatistics] | None,
 ) -> SegmentPass:
     segment = SegmentPass(model.memory, dict(states), step.num_mem_tokens)
     if any(step.closes):

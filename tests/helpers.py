@@ -66,8 +66,8 @@ def cache_contents(cache: ARMTCache) -> dict[str, Any]:
             tensors |= {f"A.{layer}": state.A, f"z.{layer}": state.z}
     for number, layer in enumerate([] if cache.keys is None else cache.keys.layers):
         tensors |= {f"keys.{number}": layer.keys, f"values.{number}": layer.values}
-    for name, by_layer in vars(cache.statistics).items():
-        tensors |= {f"{name}.{layer}": tensor for layer, tensor in by_layer.items()}
+    for layer, statistics in cache.statistics.items():
+        tensors |= {f"{name}.{layer}": tensor for name, tensor in statistics._asdict().items()}
     numbers = {name: copy.copy(getattr(cache, name)) for name in ("opened", "segments", "tokens", "columns")}
     return {"tensors": {name: t.clone() for name, t in tensors.items() if t is not None}, **numbers}
 
