@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.cli import main
+from modeling_armt.conversion.provenance import describe_backbone
 from modeling_armt.conversion.publishing.card import CardError, card_of, render_card
 from modeling_armt.conversion.publishing.facts import gather
 from modeling_armt.conversion.publishing.folders import FolderError, inspect_folder
@@ -380,6 +381,37 @@ class TestLossResults:
         del results["runs"][0]["lengths"][0]["loss_by_segment"]["carried tokens"]
         with pytest.raises(ResultsError, match="carried tokens at 0k of seed 0"):
             check_results(results)
+
+
+class TestProvenance:
+    """What a conversion notes of its backbone."""
+
+    def backbone(self, folder: Path, card: str | None) -> Path:
+        folder = folder / "tiny-llama"
+        folder.mkdir()
+        if card is not None:
+            (folder / "README.md").write_text(card)
+        return folder
+
+    def test_name_and_licence(self, tmp_path):
+        card = "---\nlicense: other\nlicense_name: my-terms\nlicense_link: LICENSE\nlanguage: en\n---\n# Mine\n"
+        assert describe_backbone(self.backbone(tmp_path, card)) == {
+            "name": "tiny-llama", "license": "other", "license_name": "my-terms", "license_link": "LICENSE",
+        }  # fmt: skip
+
+    @pytest.mark.parametrize("card", [None, "# No metadata\n", "---\nlicense: [\n---\n", "---\n- a list\n---\n"])
+    def test_unknown_licence(self, tmp_path, card):
+        assert describe_backbone(self.backbone(tmp_path, card)) == {"name": "tiny-llama"}
+
+    def test_hub_that_is_out_of_reach(self):
+        assert describe_backbone("bob/nonesuch") == {"name": "bob/nonesuch"}
+
+    def test_is_carried_to_the_card(self, changeable):
+        config = json.loads((changeable / "config.json").read_text())
+        terms = {"license": "other", "license_name": "my-terms", "license_link": "https://example.org/terms"}
+        evaluated.write(changeable / "config.json", config | {"converted_from": {"name": "bob/llama", **terms}})
+        data = ModelCard(card_of(changeable)).data.to_dict()
+        assert {name: data[name] for name in (*terms, "base_model")} == {**terms, "base_model": "bob/llama"}
 
 
 class TestErrors:

@@ -462,6 +462,38 @@ class TestShards:
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+class TestVisits:
+    """The proof can fail."""
+
+    @pytest.mark.parametrize(("change", "same"), [(0.0, True), (1e-6, True), (0.01, False), (float("nan"), False)])
+    def test_agreement_is_up_to_rounding(self, change, same):
+        logits = torch.randn(1, 5, 7, generator=torch.Generator().manual_seed(0))
+        others = logits.clone()
+        others[0, 3, 2] += change
+        assert visits.agree(logits, others) is same
+
+    def test_other_shape_is_another_model(self):
+        assert not visits.agree(torch.zeros(1, 5, 7), torch.zeros(1, 5, 8))
+
+    def test_text_reaches_into_the_second_segment(self, folder):
+        config = ARMTConfig.from_pretrained(folder)
+        assert config.segment_size < visits.probe(config).shape[1] <= 2 * config.segment_size
+
+    def test_plain_model_is_found_out(self, folder):
+        with pytest.raises(visits.VisitError, match="loaded as a plain llama model, without memory"):
+            visits.visit(BACKBONE, ARMTConfig.from_pretrained(folder), adapter=False)
+
+    @pytest.mark.slow
+    def test_adapter_on_a_base_that_it_was_not_trained_on(self, hub, folder, tmp_path, refused):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        get_peft_model(model, lora_config(model, r=2)).save_pretrained(tmp_path / "lora")
+        AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "lora")
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.get_input_embeddings().weight.data.mul_(0.5)
+        model.push_to_hub("ann/other-base")
+        assert "are different models" in refused(tmp_path / "lora", "ann/lora", "--base", "ann/other-base")
+
+
 class TestPushToHub:
     """What users of transformers call."""
 
