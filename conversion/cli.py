@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 
-from .commands import card, convert, demo, evaluate, generate, import_, merge, publish, serve, train
+from .commands import card, convert, demo, evaluate, generate, import_, inspect, merge, publish, serve, train
 
 
 VERBS = {
@@ -14,6 +14,7 @@ VERBS = {
     "train": train,
     "evaluate": evaluate,
     "generate": generate,
+    "inspect": inspect,
     "serve": serve,
     "merge": merge,
     "card": card,

@@ -1,0 +1,1 @@
+"""What a memory does on a text: recorded, and shown as a page."""
