@@ -1,18 +1,22 @@
 """Evaluation: what the model and each control answer, and what is said of it."""
 
+import copy
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
 from evaluation_models import symbol_model, talking_model, train_on_one_pair, with_memory
+from peft import get_peft_model
 from transformers import AutoTokenizer
 
 from modeling_armt import ARMTCache
+from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.demo import BACKBONE
 from modeling_armt.conversion.evaluation import answering
 from modeling_armt.conversion.evaluation.answering import answer
-from modeling_armt.conversion.evaluation.batching import even_sizes, halved_if_too_large
+from modeling_armt.conversion.evaluation.batching import even_sizes, halved_if_too_large, in_batches
 from modeling_armt.conversion.evaluation.capacity import capacity, stored_pairs
 from modeling_armt.conversion.evaluation.controls import CONTROLS, answer_samples, partners
 from modeling_armt.conversion.evaluation.intervals import interval, intervals, wilson
@@ -316,6 +320,20 @@ class TestBatches:
         assert even_sizes(1000, 999) == [500, 500]
         assert even_sizes(3, 8) == [3]
 
+    def test_are_smaller_from_where_they_do_not_fit(self):
+        tried = []
+
+        def run(batch):
+            tried.append(len(batch))
+            if len(batch) > 4:
+                raise torch.OutOfMemoryError("too large")
+            return len(batch)
+
+        found = list(in_batches(run, range(24), 8, 24))
+        assert [part for part, _ in found] == [list(range(i, i + 4)) for i in range(0, 24, 4)]
+        assert tried == [8, 4, 4, 4, 4, 4, 4]
+        assert [len(part) for part, _ in in_batches(run, range(7), 3)] == [3, 3, 1]
+
     def test_that_do_not_fit_are_halved(self):
         tried = []
 
@@ -341,3 +359,24 @@ def test_stats_are_summarized_over_layers_rows_and_batches():
     batches = [{0: {"A_norm": [1.0, 3.0], "min": None}, 2: {"A_norm": [8.0, None]}}, {0: {"A_norm": [4.0]}}, {}]
     assert summarize_stats(batches) == {"A_norm": {"least": 1.0, "mean": 4.0, "largest": 8.0, "layer_of_largest": 2}}
     assert summarize_stats([{}]) is None
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
+)  # peft asks by the old name
+def test_an_adapter_answers_with_itself_and_its_backbone_without(talks):
+    model = copy.deepcopy(talks.model)
+    adapted = get_peft_model(model, lora_config(model, r=2))
+    torch.manual_seed(1)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    subject = dataclasses.replace(talks, model=adapted.eval(), stop_ids=frozenset())
+    task = load_task("passkey", tokenizer=talks.tokenizer)
+    samples = list(task.test(90, 2))
+    texts = answer_samples(subject, task, samples, ["backbone"]).texts
+    for row, sample in enumerate(samples):
+        count = task.max_new_tokens
+        assert texts["memory"][row] == task.decode(greedy(adapted, prompt_of(sample), count))
+        assert texts["backbone"][row] == task.decode(greedy(talks.model.model, prompt_of(sample), count))
+        assert texts["memory"][row] != texts["backbone"][row]

@@ -15,7 +15,7 @@ from ...modeling_armt import ARMTForCausalLM
 Model = ARMTForCausalLM | PeftModel
 
 # Tokens of all rows that reach the model in one call.
-BLOCK_TOKENS = {"cuda": 2**23, "cpu": 2**15}
+BLOCK_TOKENS = {"cuda": 2**25, "cpu": 2**15}
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """How many samples are read side by side."""
 
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from itertools import islice, repeat
 from typing import Any, TypeVar
 
 import torch
@@ -34,14 +34,15 @@ def rows_for(subject: Subject, tokens: int, count: int) -> int:
 
 
 def row_bytes(subject: Subject) -> int:
-    """About what a row takes on the device: its state, several times, and the segments that are worked on."""
+    """About what a row takes on the device: its state, several times, its open segment, and one layer's work on it."""
     config = armt_model(subject.model).config
     backbone = config.text_config
     hidden, layers = backbone.hidden_size, backbone.num_hidden_layers
     state = len(config.memory_layer_indices) * 2 * config.dpfp_nu * config.d_mem * (hidden + 1) * 4
-    positions = (config.segment_size + config.num_mem_tokens) * layers
+    positions = config.segment_size + config.num_mem_tokens
     widest = 4 * (getattr(backbone, "intermediate_size", None) or 4 * hidden) + 8 * hidden
-    return 5 * state + positions * widest * 4 + 4 * backbone.vocab_size * 4
+    keys_and_values = 4 * layers * hidden
+    return 5 * state + 4 * positions * (widest + keys_and_values) + 16 * backbone.vocab_size
 
 
 def even_sizes(count: int, most: int) -> list[int]:
@@ -50,10 +51,30 @@ def even_sizes(count: int, most: int) -> list[int]:
     return [count // batches + (number < count % batches) for number in range(batches)]
 
 
-def batches(samples: Iterable[T], sizes: Iterable[int]) -> Iterator[list[T]]:
+def in_batches(
+    run: Callable[[list[T]], Any], samples: Iterable[T], most: int, count: int | None = None
+) -> Iterator[tuple[list[T], Any]]:
+    """
+    Runs samples in batches, smaller ones from where the memory of the device does not suffice.
+
+    Args:
+        run: takes a batch.
+        samples: to be taken as they are needed.
+        most: samples of a batch.
+        count: how many samples there are, None if nobody knows.
+
+    Yields:
+        Each batch with what `run` returned.
+    """
     stream = iter(samples)
-    for size in sizes:
-        yield list(islice(stream, size))
+    sizes = iter(even_sizes(count, most)) if count else repeat(most)
+    while batch := list(islice(stream, next(sizes, 0))):
+        start = 0
+        for size in even_sizes(len(batch), most):
+            for part, result in halved_if_too_large(run, batch[start : start + size]):
+                most = min(most, len(part)) if len(part) < size else most
+                yield part, result
+            start += size
 
 
 def halved_if_too_large(run: Callable[[list[T]], Any], batch: list[T]) -> Iterator[tuple[list[T], Any]]:

@@ -94,6 +94,8 @@ def evaluate(
             with progress_bar(f"{name} {length}", total if made.exact and total else None) as advance:
                 arguments = (subject, made, length, tokens, samples, controls, batch_size, advance)
                 entry, answers = measure(*arguments)
+            # Other lengths may come from another machine on another day.
+            entry |= {name: results.content["environment"][name] for name in ("device", "date")}
             results.content["baselines"] = results.content["baselines"] or entry.get("baselines", {})
             best = capacity([*run["lengths"], entry])
             if best:

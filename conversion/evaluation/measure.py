@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ..tasks import Task
-from .batching import batches, even_sizes, halved_if_too_large, rows_for
+from .batching import in_batches, rows_for
 from .capacity import stored_pairs
 from .controls import CONTROLS, MEMORY, answer_samples
 from .losses import LOSS_CONTROLS, losses_of, rows_with_logits, summarize_losses
@@ -62,16 +62,15 @@ def measure_answers(
         controls = [control for control in controls if control != "backbone"]
     reset_peak(subject.model.device)
     rows, stats, seconds, read = [], [], 0.0, 0
-    sizes = even_sizes(count, min(count, batch_size or rows_for(subject, max(1, tokens), count)))
+    most = min(count, batch_size or rows_for(subject, max(1, tokens), count))
 
     def run(part: list[dict[str, Any]]):
         return answer_samples(subject, task, part, controls, progress)
 
-    for batch in batches(map(without_labels, task.test(tokens, count)), sizes):
-        for part, answers in halved_if_too_large(run, batch):
-            rows += score_rows(task, part, answers, subject.segment_size)
-            stats.append(answers.stats)
-            seconds, read = seconds + answers.seconds, read + answers.tokens
+    for part, answers in in_batches(run, map(without_labels, task.test(tokens, count)), most, count):
+        rows += score_rows(task, part, answers, subject.segment_size)
+        stats.append(answers.stats)
+        seconds, read = seconds + answers.seconds, read + answers.tokens
     scores = scores_by_control(rows)
     entry = {
         "length": length,
@@ -125,14 +124,12 @@ def measure_losses(
     def run(part: list[dict[str, Any]]):
         return losses_of(subject, part, controls, progress)
 
-    stream = islice(task.test(tokens, samples), most)
-    for batch in iter(lambda: list(islice(stream, size)), []):
-        for part, losses in halved_if_too_large(run, batch):
-            for name, values in losses.by_control.items():
-                by_control.setdefault(name, []).extend(values)
-            groups += [sample["group"] for sample in part]
-            stats.append(losses.stats)
-            seconds, read = seconds + losses.seconds, read + losses.tokens
+    for part, losses in in_batches(run, islice(task.test(tokens, samples), most), size):
+        for name, values in losses.by_control.items():
+            by_control.setdefault(name, []).extend(values)
+        groups += [sample["group"] for sample in part]
+        stats.append(losses.stats)
+        seconds, read = seconds + losses.seconds, read + losses.tokens
     if not groups:
         raise ValueError(f"the test side of {task.name} has nothing of {tokens:,} tokens. Use a shorter length.")
     lengths = [len(values) for values in by_control[MEMORY]]

@@ -419,7 +419,7 @@ class Babilong(Task):
 
     def filling(self, prompt: np.ndarray, start: int, end: int, rng: np.random.Generator) -> np.ndarray:
         """Other background; nothing where there is none, so that the prompt gets shorter."""
-        return self.draw("test", end - start, rng)[0].astype(prompt.dtype)
+        return self.draw("test", end - start, rng)[0]
 
     def score(self, output: str, sample: dict[str, Any]) -> float:
         """By exact match in the base protocol, by labels in the other."""

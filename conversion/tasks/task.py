@@ -85,7 +85,9 @@ class Task(ABC):
         prompt = np.array(sample["input_ids"][: sample["prompt_length"]])
         rng = np.random.default_rng(zlib.crc32(prompt.tobytes()))
         for start, end in sorted({tuple(span) for span in sample["fact_spans"]}, reverse=True):
-            prompt = np.concatenate([prompt[:start], self.filling(prompt, start, end, rng), prompt[end:]])
+            prompt = np.concatenate([prompt[:start], self.filling(prompt, start, end, rng), prompt[end:]]).astype(
+                prompt.dtype
+            )
         return prompt
 
     def filling(self, prompt: np.ndarray, start: int, end: int, rng: np.random.Generator) -> np.ndarray:
