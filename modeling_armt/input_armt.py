@@ -95,7 +95,8 @@ def refuse_arguments(kwargs: dict, accepted: tuple[str, ...]) -> None:
     if kwargs.get("position_ids") is not None:
         raise ValueError(
             "positions restart in every segment, so position_ids cannot be passed. Packed (padding-free) batches do "
-            "not work either: give every text a row of its own and an attention_mask."
+            "not work either: give every text a row of its own and an attention_mask (in TRL: packing=False, "
+            "padding_free=False)."
         )
     unknown = [
         name for name, value in kwargs.items() if name not in accepted and value is not None and value is not False

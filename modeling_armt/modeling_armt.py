@@ -296,6 +296,10 @@ class ARMTPreTrainedModel(PreTrainedModel):
 class ARMTModel(ARMTPreTrainedModel):
     """The backbone with memory, without using its head: returns hidden states."""
 
+    @property
+    def base_model(self) -> "ARMTModel":
+        return self
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -348,6 +352,17 @@ class ARMTModel(ARMTPreTrainedModel):
 
 class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
     """A causal language model of constant memory: the backbone, its head, and an associative memory in its layers."""
+
+    @property
+    def base_model(self) -> ARMTModel:
+        """
+        This model without its head, on the same modules: for libraries that compute a loss from hidden states. (For
+        other models it is the child named by `base_model_prefix`, which here would read without memory.)
+        """
+        headless = copy.copy(self)
+        headless.__class__ = ARMTModel
+        headless.__dict__.pop("forward", None)  # such libraries replace it
+        return headless
 
     def forward(
         self,

@@ -519,17 +519,16 @@ def armt_serve(checkpoint: Path) -> Iterator[tuple[Served, subprocess.Popen]]:
 @pytest.mark.slow
 def test_a_trained_model_remembers_what_each_session_was_told(tmp_path):
     """`armt demo` trains it on distances of 1 and 2 segments; here the facts lie more than 100 segments back."""
-    from modeling_armt.conversion.demo.demonstration import run_demo
-
-    run_demo(tmp_path / "demo")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "demo")
+    demo = tmp_path / "demo"
+    subprocess.run([sys.executable, "-m", "modeling_armt.conversion", "demo", "--out", str(demo)], check=True)
+    tokenizer = AutoTokenizer.from_pretrained(demo)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    tokenizer.save_pretrained(tmp_path / "demo")
+    tokenizer.save_pretrained(demo)
     facts = {"Mary": ("garden", "gold"), "John": ("church", "letter")}
     talks = {
         name: [user(f" {name} went to the {a}. {name} took the {b}." + 4 * LONG)] for name, (a, b) in facts.items()
     }
-    with armt_serve(tmp_path / "demo") as (server, _):
+    with armt_serve(demo) as (server, _):
         for talk in talks.values():
             talk.append(assistant(server.chat(talk, model="demo")[0]))
         for number, question in enumerate((" {} is in the", " {} has the")):

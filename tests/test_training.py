@@ -119,6 +119,22 @@ def test_a_micro_batch_without_any_label_adds_nothing_to_the_batch(return_logits
     assert not any(gradient.any() for gradient in gradients.values())
 
 
+def test_a_library_that_computes_the_loss_itself_gets_the_same(model):
+    """From the hidden states of `base_model` and the head, as TRL does, which puts its own forward into the model."""
+    ids = random_ids(2, LENGTH)
+    expected = loss_and_gradients(model, ids)
+
+    def forward(input_ids: torch.Tensor):
+        return model.get_output_embeddings()(model.base_model(input_ids, use_cache=False).last_hidden_state)
+
+    model.zero_grad()
+    model.forward = forward
+    loss = mean_cross_entropy(model(ids), ids)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert_close((loss.detach(), gradients), expected)
+
+
 def test_logits_come_back_with_labels(model):
     ids = random_ids(2, LENGTH)
     assert torch.equal(model(ids, labels=ids).logits, model(ids).logits)
