@@ -295,6 +295,25 @@ class TestRights:
         monkeypatch.setenv("HF_TOKEN", "hf_ben")
         assert "may not write to ann/qa1" in refused(folder, published)
 
+    def test_token_that_may_only_read(self, hub, refused, folder, monkeypatch):
+        hub.users["hf_ann_reads"] = "ann"
+        hub.readers.add("hf_ann_reads")
+        monkeypatch.setenv("HF_TOKEN", "hf_ann_reads")
+        assert "may only read" in refused(folder, "ann/other")
+
+    def test_rights_that_end_on_the_way(self, hub, tmp_path):
+        """What the Hub refuses later is told in the same words."""
+        (tmp_path / "config.json").write_text("{}")
+        hub.readers.add("hf_ann")
+        try:
+            with pytest.raises(HubError, match="may not write to ann/late"):
+                Repository("ann/late").commit(tmp_path, "first", "one")
+        finally:
+            hub.readers.clear()
+
+    def test_private_in_a_public_repository(self, published, refused, folder):
+        assert "is public" in refused(folder, published, "--private")
+
     def test_name_that_cannot_be(self, refused, folder):
         assert "cannot be a repository" in refused(folder, "ann/qa1/extra")
 

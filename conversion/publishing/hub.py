@@ -68,7 +68,11 @@ class Repository:
             owner = self.name.partition("/")[0]
             if owner not in [account["name"], *(org["name"] for org in account.get("orgs", []))]:
                 raise HubError(f"this token is {account['name']}'s, who may not write to {self.name}.")
+            if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+                raise HubError(f"this token may only read. Make one that may write to {self.name}.")
             files = self.files()
+            if self.private and files and not self.api.repo_info(self.name).private:
+                raise HubError(f"{self.name} exists and is public, so that nothing in it would be private.")
         foreign = [name for name in files if not any(fnmatch(name, pattern) for pattern in NEUTRAL)]
         if foreign and not self.holds(files, config, adapter_base):
             kind = "an ARMT checkpoint of this shape" if adapter_base is None else f"an adapter on {adapter_base}"

@@ -27,6 +27,9 @@ class Endpoints(Transport):
             raise Refused(401, "InvalidToken", "Invalid credentials in Authorization header")
         return self.hub.users[token]
 
+    def only_reads(self) -> bool:
+        return self.headers.get("Authorization", "").partition(" ")[2] in self.hub.readers
+
     def readable(self, name: str) -> Repository:
         user, found = self.user(), self.hub.repositories.get(name)
         if found is None or (found.private and name.split("/")[0] != user):
@@ -42,7 +45,7 @@ class Endpoints(Transport):
         user = self.user()
         if user is None:
             raise Refused(401, "Unauthorized", "Invalid username or password.")
-        if user != owner:
+        if user != owner or self.only_reads():
             raise Refused(403, "Forbidden", f"You don't have the rights to write to {owner}")
 
     # Accounts and repositories
@@ -51,7 +54,8 @@ class Endpoints(Transport):
         user = self.user()
         if user is None:
             raise Refused(401, "Unauthorized", "Invalid username or password.")
-        self.send(200, {"type": "user", "name": user, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
+        auth = {"accessToken": {"role": "read" if self.only_reads() else "write"}}
+        self.send(200, {"type": "user", "name": user, "orgs": [], "auth": auth})
 
     def create(self):
         wanted = json.loads(self.body)

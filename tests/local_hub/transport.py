@@ -48,6 +48,13 @@ class Transport(BaseHTTPRequestHandler):
             self.hub.requests.append(called)
         try:
             self.body = self.read_body(called)
+            self.reply(called)
+        except (Dropped, ConnectionError):
+            self.close_connection = True
+            self.connection.close()
+
+    def reply(self, called: str) -> None:
+        try:
             for pattern, reply in self.routes:
                 match = re.fullmatch(pattern, called)
                 if match:
@@ -56,9 +63,6 @@ class Transport(BaseHTTPRequestHandler):
             raise Refused(404, "NotFound", f"no such endpoint: {called}")
         except Refused as error:
             self.send(error.status, {"error": str(error)}, {"X-Error-Code": error.code, "X-Error-Message": str(error)})
-        except (Dropped, ConnectionError):
-            self.close_connection = True
-            self.connection.close()
 
     def read_body(self, called: str) -> bytes:
         pieces = self.read_pieces()
