@@ -39,7 +39,15 @@ from modeling_armt.conversion.training.collating import collate
 from modeling_armt.conversion.training.curriculum import Curriculum
 from modeling_armt.conversion.training.data import StageData
 from modeling_armt.conversion.training.distillation import Teacher, divergence
-from modeling_armt.conversion.training.recipe import Recipe, Stage, make_recipe, read_recipe
+from modeling_armt.conversion.training.recipe import (
+    Background,
+    Distillation,
+    Lora,
+    Recipe,
+    Stage,
+    make_recipe,
+    read_recipe,
+)
 from modeling_armt.conversion.training.scoring import exact_matches
 from modeling_armt.conversion.training.train import load_model, make_trainable, train
 from modeling_armt.conversion.training.trainer import CurriculumTrainer, training_arguments
@@ -105,6 +113,27 @@ def recipe(symbols, tmp_path):
     return lambda **changes: make_recipe({"model": symbols, "out": tmp_path / "out", **QUICK, **changes})
 
 
+@pytest.fixture(scope="module")
+def plain(symbols, tmp_path_factory) -> dict:
+    """What a quick run without changes comes to."""
+    return train(make_recipe({"model": symbols, "out": tmp_path_factory.mktemp("plain") / "out", **QUICK}))
+
+
+@pytest.fixture(scope="module")
+def guesser(symbols) -> ARMTForCausalLM:
+    """A model that has learned what answers look like, so that it guesses some."""
+    model, _ = load_checkpoint(symbols, device="cpu")
+    task = load_task("associative_retrieval")
+    samples = list(task.validation(task.length(1), 40))
+    batch = collate([s["input_ids"] for s in samples], [s["labels"] for s in samples])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
 @pytest.fixture
 def fails(capsys):
     """Runs a command that has to fail, and returns the one line it says."""
@@ -167,9 +196,11 @@ class TestRecipe:
             recipe(**changes)
 
     def test_documents_every_field(self):
-        for kind in (Recipe, Stage, *(type(f) for f in (Recipe("m", "t").lora,))):
+        for kind in (Recipe, Stage, Lora, Background, Distillation):
             for name in kind.__dataclass_fields__:
-                assert re.search(rf"^ +{name}: ", kind.__doc__, re.MULTILINE), f"{kind.__name__}.{name}"
+                assert re.search(rf"^ +(\w+, )*{name}(, \w+)*: ", kind.__doc__, re.MULTILINE), (
+                    f"{kind.__name__}.{name}"
+                )
 
 
 class TestBatches:
@@ -213,43 +244,26 @@ class TestBatches:
 
 
 class TestScore:
-    def test_equals_greedy_generation(self, symbols):
-        """Of a model that is right about half of the time."""
-        model = train_briefly(symbols)
+    def test_equals_greedy_generation(self, guesser):
         task = load_task("associative_retrieval")
         samples = list(task.validation(task.length(1), 200))
         batch = collate([s["input_ids"] for s in samples], [s["labels"] for s in samples])
-        right, _ = exact_matches(model, batch)
+        right, _ = exact_matches(guesser, batch)
         prompts = torch.tensor([s["input_ids"][: s["prompt_length"]] for s in samples])
-        output = model.generate(prompts, max_new_tokens=2, do_sample=False, eos_token_id=None)
+        output = guesser.generate(prompts, max_new_tokens=2, do_sample=False, eos_token_id=None)
         generated = [" ".join(map(str, ids)) for ids in output[:, prompts.shape[1] :].tolist()]
         expected = [task.score(text, sample) for text, sample in zip(generated, samples, strict=True)]
         assert right.float().tolist() == expected
         assert 0 < sum(expected) < len(expected)
 
-    def test_does_not_depend_on_padding(self, symbols):
-        model = train_briefly(symbols)
+    def test_does_not_depend_on_padding(self, guesser):
         task = load_task("associative_retrieval")
         samples = [*task.validation(task.length(1), 20), *task.validation(task.length(3), 20)]
-        together = exact_matches(model, collate([s["input_ids"] for s in samples], [s["labels"] for s in samples]))
+        together = exact_matches(guesser, collate([s["input_ids"] for s in samples], [s["labels"] for s in samples]))
         for number, sample in enumerate(samples):
-            right, loss = exact_matches(model, collate([sample["input_ids"]], [sample["labels"]]))
+            right, loss = exact_matches(guesser, collate([sample["input_ids"]], [sample["labels"]]))
             assert right.item() == together[0][number].item()
             assert loss.item() == pytest.approx(together[1][number].item(), abs=1e-4)
-
-
-def train_briefly(folder: Path) -> ARMTForCausalLM:
-    """A model that has learned what answers look like, so that it guesses some."""
-    model, _ = load_checkpoint(folder, device="cpu")
-    task = load_task("associative_retrieval")
-    samples = list(task.validation(task.length(1), 40))
-    batch = collate([s["input_ids"] for s in samples], [s["labels"] for s in samples])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(40):
-        model.train()(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
 
 
 class TestCurriculum:
@@ -301,7 +315,7 @@ class TestRun:
 
     def test_learns(self, recipe):
         """Ever smaller loss on samples it has never seen."""
-        losses = [loss for _, loss in train(recipe(stages=[{"pairs": 1, "max_steps": 40}]))["loss"]]
+        losses = [loss for _, loss in train(recipe(stages=[{"pairs": 1, "max_steps": 25}]))["loss"]]
         assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
     def test_a_rerun_gives_the_same_numbers(self, recipe, tmp_path):
@@ -311,28 +325,28 @@ class TestRun:
         weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")]
         assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
-    def test_another_seed_gives_others(self, recipe, tmp_path):
-        first = train(recipe())
-        assert numbers(train(recipe(seed=1, out=tmp_path / "other"))) != numbers(first)
+    def test_another_seed_gives_others(self, recipe, plain):
+        assert numbers(train(recipe(seed=1)))["loss"] != plain["loss"]
 
-    def test_accumulation_does_not_change_the_loss(self, recipe, tmp_path):
-        whole = train(recipe(batch_size=8))
-        parts = train(recipe(batch_size=8, gradient_accumulation=4, out=tmp_path / "parts"))
-        assert np.allclose(parts["loss"], whole["loss"], atol=1e-4)
+    def test_a_stage_may_have_a_batch_of_its_own(self, recipe):
+        summary = train(recipe(stages=[{"length": 8, "max_steps": 2}, {"length": 8, "max_steps": 1, "batch_size": 6}]))
+        assert summary["tokens"] == (2 * 4 + 6) * 8
 
     @pytest.mark.parametrize(
         "changes",
-        [{"gradient_checkpointing": True}, {"schedule": "diagonal"}, {"bptt_segments": 8}],
-        ids=["checkpointing", "diagonal", "bptt beyond the text"],
+        [
+            {"gradient_accumulation": 4},
+            {"gradient_checkpointing": True},
+            {"schedule": "diagonal"},
+            {"bptt_segments": 8},
+        ],
+        ids=["accumulation", "checkpointing", "diagonal", "bptt beyond the text"],
     )
-    def test_how_it_is_computed_does_not_change_the_loss(self, recipe, tmp_path, changes):
-        plain = train(recipe())
-        other = train(recipe(out=tmp_path / "other", **changes))
-        assert np.allclose(other["loss"], plain["loss"], atol=1e-3)
+    def test_how_it_is_computed_does_not_change_the_loss(self, recipe, plain, changes):
+        assert np.allclose(train(recipe(**changes))["loss"], plain["loss"], atol=1e-3)
 
-    def test_truncation_changes_it(self, recipe, tmp_path):
-        plain = train(recipe())
-        assert not np.allclose(train(recipe(out=tmp_path / "cut", bptt_segments=1))["loss"], plain["loss"], atol=1e-4)
+    def test_truncation_changes_it(self, recipe, plain):
+        assert not np.allclose(train(recipe(bptt_segments=1))["loss"], plain["loss"], atol=1e-4)
 
     def test_memory_only_leaves_the_backbone_as_it_is(self, recipe, symbols, tmp_path):
         train(recipe(method="memory"))
@@ -436,10 +450,10 @@ class TestTexts:
         ids = torch.tensor(tokenizer("In year 5 of book 7 rain fell on 9 roofs.")["input_ids"])
         for weight in (0.0, 30.0):
             out = tmp_path / str(weight)
-            changes = self.CHANGES | {"method": method, "stages": [{"segments": 2, "at_least": 2, "max_steps": 12}]}
+            changes = self.CHANGES | {"method": method, "stages": [{"segments": 2, "at_least": 2, "max_steps": 8}]}
             distillation = {"source": str(texts), "weight": weight, "batch_size": 2, "tokens": 20}
             summary = train(recipe(model=words, out=out, distillation=distillation, **changes))
-            assert len(summary["divergence"]) == 12
+            assert len(summary["divergence"]) == 8
             model, _ = load_checkpoint(out, device="cpu")
             with torch.no_grad():
                 moved[weight] = divergence(model(ids[None]).logits, original(ids[None]).logits).item()
@@ -556,9 +570,8 @@ class TestResume:
         with pytest.raises(ValueError, match="has another recipe"):
             train(recipe(lr=0.5), resume=True)
 
-    def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(self, recipe, tmp_path, monkeypatch):
+    def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(self, recipe, plain, tmp_path, monkeypatch):
         """A real failure to write: the process may not make large files from the second checkpoint on."""
-        undisturbed = train(recipe(out=tmp_path / "whole"))
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
         def on_save(self, args, state, control, **kwargs):
@@ -572,7 +585,7 @@ class TestResume:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         monkeypatch.undo()
         assert [path.name for path in (tmp_path / "out.partial").glob("checkpoint-*")] == ["checkpoint-2"]
-        assert numbers(train(recipe(), resume=True)) == numbers(undisturbed)
+        assert numbers(train(recipe(), resume=True)) == numbers(plain)
 
 
 class TestProcesses:
@@ -681,3 +694,10 @@ class TestBadInput:
     def test_nothing_is_left_behind(self, fails, symbols, tmp_path):
         fails("--recipe", self.quick(tmp_path, model=symbols, gradient_accumulation=3))
         assert os.listdir(tmp_path) == ["r.yaml"]
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CARDS.parent.glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}"
+)
+def test_recipes_that_come_with_the_package_are_recipes(file):
+    assert make_recipe(read_recipe(file), str(file)).out

@@ -98,9 +98,9 @@ class StageData:
     def check(self, number: int) -> None:
         """Refuses a stage that would fail later: batches that cannot be shared, lengths that are too short."""
         rows, passes = self.rows(number), self.passes(number)
-        if rows * passes * self.processes != self.recipe.batch_size:
+        if rows * passes * self.processes != self.batch_size(number):
             raise ValueError(
-                f"batch_size {self.recipe.batch_size} cannot be divided by {self.processes} processes and "
+                f"batch_size {self.batch_size(number)} cannot be divided by {self.processes} processes and "
                 f"gradient_accumulation {passes}."
             )
         if self.plain is not None and self.recipe.distillation.batch_size % self.processes:
@@ -110,13 +110,17 @@ class StageData:
         for length in {lengths[0], lengths[-1]}:
             next(iter(self.tasks[number].train(length)))
 
+    def batch_size(self, number: int) -> int:
+        """Samples of an optimizer step in stage `number`, of all processes together."""
+        return self.recipe.stages[number].batch_size or self.recipe.batch_size
+
     def passes(self, number: int) -> int:
         """Of gradient accumulation in stage `number`."""
         return self.recipe.stages[number].gradient_accumulation or self.recipe.gradient_accumulation
 
     def rows(self, number: int) -> int:
         """Samples that go through the model at once on one device in stage `number`."""
-        return self.recipe.batch_size // self.processes // self.passes(number)
+        return self.batch_size(number) // self.processes // self.passes(number)
 
     def background_of(self, number: int) -> tuple[Draw | None, int]:
         """Where the text before the samples of stage `number` comes from, and how many segments it has at most."""
@@ -140,7 +144,7 @@ class StageData:
         dataset = StageBatches(
             task=self.tasks[number],
             lengths=self.lengths(number),
-            batch_size=recipe.batch_size,
+            batch_size=self.batch_size(number),
             seed=(recipe.seed, number),
             first=first,
             process=self.process,

@@ -50,7 +50,7 @@ class Stage:
         segment_size: tokens of a segment; None: as in the stage before, at first as in the checkpoint.
         task_options: replace those of the recipe in this stage.
         background_segments: replaces that of the recipe's background in this stage.
-        gradient_accumulation: replaces that of the recipe in this stage.
+        batch_size, gradient_accumulation: replace those of the recipe in this stage.
     """
 
     segments: int | None = None
@@ -64,6 +64,7 @@ class Stage:
     segment_size: int | None = None
     task_options: dict[str, Any] = field(default_factory=dict)
     background_segments: int | None = None
+    batch_size: int | None = None
     gradient_accumulation: int | None = None
 
 
@@ -197,8 +198,12 @@ class Recipe:
                 raise ValueError(
                     f"{where}give one of segments, pairs and length, not {' and '.join(given) or 'none'}."
                 )
-            check_least(stage, where, {"max_steps": 1, "at_least": 1, "segment_size": 1, "gradient_accumulation": 1})
-            check_least(stage, where, {"length": 0, "background_segments": 0, "segments": stage.at_least})
+            check_least(stage, where, {"max_steps": 1, "at_least": 1, "segment_size": 1, "batch_size": 1})
+            check_least(
+                stage,
+                where,
+                {"gradient_accumulation": 1, "length": 0, "background_segments": 0, "segments": stage.at_least},
+            )
             check_least(stage, where, {"pairs": stage.at_least})
         if self.method == "memory" and self.distillation is not None:
             raise ValueError(

@@ -54,7 +54,7 @@ class CurriculumTrainer(Trainer):
             yield batch
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        # The stock way does not rename weights as `from_pretrained` does, and leaves out those such as GPT-NeoX's head.
+        # The stock way does not rename weights as `from_pretrained` does, and leaves out GPT-NeoX's head.
         if isinstance(self.model, PeftModel):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
