@@ -105,7 +105,7 @@ class TestCommand:
         write_training(other, seed=1, out="elsewhere", model="another-start")
         out = tmp_path / "out"
         arguments = (*RETRIEVAL, "--lengths", "2p,20p", "--samples", 12, "--task-option", "rewrite=true")
-        code, printed, _ = armt(symbols, other, *arguments, "--out", out)
+        code, printed, said = armt(symbols, other, *arguments, "--out", out)
         assert code == 0
         content = read(out)
         assert content["task"] == {"name": "associative_retrieval", "options": {"rewrite": True}}
@@ -113,6 +113,7 @@ class TestCommand:
         assert {"torch", "transformers"} <= content["environment"]["versions"].keys()
         assert content["environment"]["date"] and content["environment"]["command"].startswith("armt ")
         assert content["baselines"].keys() == {"chance", "last value seen"}
+        assert content["baselines"] == content["runs"][0]["lengths"][1]["baselines"]  # at the longest length
         assert [(run["checkpoint"], run["seed"]) for run in content["runs"]] == [("symbols", 0), ("other", 1)]
         for run in content["runs"]:
             assert [entry["length"] for entry in run["lengths"]] == ["2p", "20p"]
@@ -126,7 +127,18 @@ class TestCommand:
         assert len((out / "answers" / "other-20p.jsonl").read_text().splitlines()) == 12
         for name in ("symbols, seed 0", "other, seed 1", "2p", "20p", "memory", "95%", "swapped", "tokens/s"):
             assert name in printed, printed
-        assert max(map(len, printed.splitlines()[:-1])) <= 100
+        assert re.findall(r"^(\w+ \w+): memory [\d.]+, .*; 12 samples in \d+ s$", said, re.M) == [
+            "symbols 2p", "symbols 20p", "other 2p", "other 20p"
+        ]  # fmt: skip
+        table = printed[: printed.index("Scored without reading")]
+        assert max(map(len, table.splitlines())) <= 80 and "…" not in table
+
+    def test_says_how_it_is_used(self, capsys):
+        with pytest.raises(SystemExit, match="0"):
+            main(["evaluate", "--help"])
+        printed = capsys.readouterr().out
+        options = ["--task", "--lengths", "--out", "--samples", "--task-option", "--controls", "--compile"]
+        assert all(option in printed for option in options)
 
     @pytest.mark.parametrize("task", ["babilong", "passkey", "needle"])
     def test_answers_every_task_with_right_answers(self, armt, talks, library, tmp_path, task):

@@ -1,6 +1,7 @@
 """`armt evaluate`: what checkpoints recall at which length, beside their controls."""
 
 import sys
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -15,7 +16,7 @@ from ..tasks.options import task_for
 from .capacity import capacity
 from .measure import controls_of, default_count, measure_answers, measure_losses
 from .plots import plot_results
-from .progress import progress_bar
+from .progress import progress_bar, say_done
 from .results import Results
 from .subject import Subject, check_fits, distinct_names, load_subject, read_training
 
@@ -90,17 +91,18 @@ def evaluate(
         for length, tokens in plan.items():
             if results.has(run, length):
                 continue
+            started = time.monotonic()
             total = (samples or default_count(made, tokens)) * tokens * (2 if "deleted" in controls else 1)
             with progress_bar(f"{name} {length}", total if made.exact and total else None) as advance:
                 arguments = (subject, made, length, tokens, samples, controls, batch_size, advance)
                 entry, answers = measure(*arguments)
             # Other lengths may come from another machine on another day.
             entry |= {name: results.content["environment"][name] for name in ("device", "date")}
-            results.content["baselines"] = results.content["baselines"] or entry.get("baselines", {})
             best = capacity([*run["lengths"], entry])
             if best:
                 run["capacity"] = best
             results.add(run, entry, answers)
+            say_done(f"{name} {length}", entry, time.monotonic() - started)
     plot_results(results.content, results.folder)
     return results.content
 

@@ -258,8 +258,8 @@ def seed_name(run: Run) -> str:
 def titled(figure: "Figure", results: dict[str, Any], what: str) -> "Figure":
     task = results["task"]
     kind = task["options"].get("task")  # of BABILong
-    if "rewrite" in task["options"]:
-        kind = "rewrite" if task["options"]["rewrite"] else "remember"
+    if task["name"] == "associative_retrieval":
+        kind = "rewrite" if task["options"].get("rewrite") else "remember"
     name = task["name"].replace("_", " ") + (f" {kind}" if kind else "")
     figure.suptitle(f"{name}: {what}", fontsize=11)
     return figure

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 @contextmanager
 def progress_bar(title: str, tokens: int | None) -> Iterator[Callable[[int], Any]]:
-    """A bar over about so many tokens, None if nobody knows; yields a function that moves it."""
+    """A bar over about so many tokens, None if nobody knows, in a terminal; yields a function that moves it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -18,7 +18,8 @@ def progress_bar(title: str, tokens: int | None) -> Iterator[Callable[[int], Any
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(title, total=tokens, rate="")
 
         def advance(read: int) -> None:
@@ -27,3 +28,15 @@ def progress_bar(title: str, tokens: int | None) -> Iterator[Callable[[int], Any
             progress.update(bar, rate=f"{speed:,.0f} tokens/s" if speed else "")
 
         yield advance
+
+
+def say_done(title: str, entry: dict[str, Any], seconds: float) -> None:
+    """A line about what was measured at a length: a log shows how far the command is."""
+    measured = entry["scores"] if "scores" in entry else entry.get("loss", {})
+    means = [f"{name} {score['mean']:.3f}" for name, score in measured.items() if score["mean"] is not None]
+    Console(stderr=True).print(
+        f"{title}: {', '.join(means)}; {entry['samples']} samples in {seconds:,.0f} s",
+        style="dim",
+        highlight=False,
+        soft_wrap=True,
+    )

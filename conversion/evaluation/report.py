@@ -34,18 +34,19 @@ def print_report(results: dict[str, Any], folder: str | Path, console: Console |
             say(console, f"About {numbers[0]} pairs ({numbers[1]} to {numbers[2]}) of {best['length']} are stored.")
     if results["baselines"]:
         known = ", ".join(f"{name.replace('_', ' ')} {plain(value)}" for name, value in results["baselines"].items())
-        say(console, f"Scored without reading, at the shortest length: {known}.")
+        say(console, f"Scored without reading, at the longest length: {known}.")
     say(console, f"Written to {folder}")
 
 
 def score_table(entries: Sequence[dict[str, Any]], title: str) -> Table:
-    """Shares of right answers by length."""
+    """Shares of right answers by length; last what the best of the baselines gets without reading."""
     present = [name for name in CONTROLS.values() if any(name in entry["scores"] for entry in entries)]
-    table = results_table(title, [MEMORY, "95% interval", *present])
+    table = results_table(title, [MEMORY, "95% interval", *present, "not reading"])
     for entry in entries:
         scores = entry["scores"]
         cells = [plain(scores[MEMORY]["mean"]), bounds(scores[MEMORY], plain)]
         cells += [plain(scores[name]["mean"]) if name in scores else "" for name in present]
+        cells.append(plain(max(entry["baselines"].values(), default=None)))
         table.add_row(entry["length"], f"{entry['segments']:,.0f}", *cells)
     return table
 
@@ -65,7 +66,7 @@ def loss_table(entries: Sequence[dict[str, Any]], title: str) -> Table:
 
 def results_table(title: str, columns: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for column in ("length", "segments", *columns):
+    for column in ("length", "segs", *columns):
         table.add_column(column.replace(" ", "\n", 1), justify="right", no_wrap=True)
     return table
 
@@ -82,7 +83,7 @@ def bounds(score: Score, form: Callable[[float], str]) -> str:
 
 def plain(share: float | None) -> str:
     """`.985`."""
-    return "" if share is None else f"{share:.3f}".removeprefix("0")
+    return "" if share is None else "1" if share == 1 else f"{share:.3f}".removeprefix("0")
 
 
 def short(number: float) -> str:

@@ -88,7 +88,10 @@ class Results:
         return any(entry["length"] == length for entry in run["lengths"])
 
     def add(self, run: dict[str, Any], entry: dict[str, Any], answers: Sequence[dict[str, Any]] = ()) -> None:
-        """Adds a length to a run, in order of tokens, and the answers in a file of their own."""
+        """
+        Adds a length to a run, in order of tokens, and the answers in a file of their own. The baselines of the whole
+        are those of the longest length.
+        """
         if answers:
             folder = self.folder / "answers"
             folder.mkdir(exist_ok=True)
@@ -96,6 +99,8 @@ class Results:
             write_whole(folder / name, "".join(json.dumps(finite(line)) + "\n" for line in answers))
         run["lengths"].append(entry)
         run["lengths"].sort(key=lambda entry: entry["tokens"])
+        entries = [entry for run in self.content["runs"] for entry in run["lengths"]]
+        self.content["baselines"] = max(entries, key=lambda entry: entry["tokens"]).get("baselines", {})
         self.write()
 
     def write(self) -> None:
