@@ -289,10 +289,16 @@ def test_an_adapter_is_inspected_on_its_base(checkpoint, tmp_path):
     assert found.layers[0].A_norm[0] == pytest.approx(3 * plain.layers[0].A_norm[0], rel=1e-3)
 
 
-def test_an_untrained_memory_is_called_one(tmp_path):
-    convert(BACKBONE, tmp_path / "fresh", segment_size=16, num_mem_tokens=4, d_mem=16)
+def test_an_untrained_memory_without_denominator_is_shown_as_what_it_is(checkpoint, tmp_path):
+    model = ARMTForCausalLM.from_pretrained(checkpoint)
+    model.config.use_denom = False
+    for memory in model.memory.values():
+        nn.init.zeros_(memory.memory_value.weight)
+    shutil.copytree(checkpoint, tmp_path / "fresh")
+    model.save_pretrained(tmp_path / "fresh")
     inspect_text(tmp_path / "fresh", TEXT, tmp_path / "page.html")
-    assert "is not trained" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "is not trained" in page and "vector z" not in page and "nan" not in " ".join(Page(page).text)
 
 
 # What is refused

@@ -238,8 +238,10 @@ def numbers(found: Record, shown: Sequence[int]) -> dict[str, Any]:
     size = found.segment_size
     losses = {"memory": found.loss, "alone": found.loss_alone}
 
-    def rounded(values: Any) -> list:
-        return [None if not np.isfinite(value) else float(f"{value:.5g}") for value in values]
+    def rounded(values: Sequence[float | None] | None) -> list | None:  # JSON has no nan and no infinity
+        if values is None:
+            return None
+        return [None if value is None or not np.isfinite(value) else float(f"{value:.5g}") for value in values]
 
     layers = {
         str(layer): {"A_norm": rounded(of.A_norm), "z_norm": rounded(of.z_norm), "gamma": rounded(of.gamma)}
@@ -254,5 +256,8 @@ def numbers(found: Record, shown: Sequence[int]) -> dict[str, Any]:
             name: rounded([piece.mean().item() for piece in loss.split(size)]) for name, loss in losses.items()
         },
         "layers": layers,
-        "stats": {str(layer): stats for layer, stats in found.stats.items()},
+        "stats": {
+            str(layer): {name: rounded(values) for name, values in stats.items()}
+            for layer, stats in found.stats.items()
+        },
     }
