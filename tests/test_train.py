@@ -319,7 +319,7 @@ class TestRun:
         assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
 
     def test_a_rerun_gives_the_same_numbers(self, recipe, tmp_path):
-        first = train(recipe(batch_size=6, gradient_accumulation=3, workers=2))
+        first = train(recipe(batch_size=6, gradient_accumulation=3, workers=1))
         again = make_recipe(read_recipe(tmp_path / "out" / "recipe.yaml") | {"out": tmp_path / "again"})
         assert numbers(train(again)) == numbers(first)
         weights = [load_file(tmp_path / name / "model.safetensors") for name in ("out", "again")]
@@ -419,6 +419,13 @@ class TestAdapters:
         for name, (lr, decay) in rates.items():
             assert lr == (1e-2 if "memory" in name else 1e-3), name
             assert decay == (0.0 if name.endswith("bias") or "memory_tokens" in name else 0.1), name
+
+    def test_checkpointing_does_not_change_the_loss(self, recipe, words, tmp_path):
+        summaries = [
+            train(recipe(model=words, out=tmp_path / str(on), gradient_checkpointing=on, **self.CHANGES))
+            for on in (False, True)
+        ]
+        assert np.allclose(summaries[0]["loss"], summaries[1]["loss"], atol=1e-5)
 
     def test_segments_must_end_as_those_of_the_base(self, recipe, words):
         stages = [{"segments": 2, "at_least": 2, "max_steps": 1, "segment_size": 60}]
@@ -686,6 +693,15 @@ class TestBadInput:
         changes["model"] = tmp_path / "model"
         file = self.quick(tmp_path, **changes, task="chat", task_options={"source": str(tmp_path / "talk.jsonl")})
         assert "talk.jsonl, line 1 is not JSON" in fails("--recipe", file)
+
+    def test_stories_that_are_not_there(self, fails, words, tmp_path):
+        changes = {"model": words, "task": "babilong", "stages": [{"length": 0}]}
+        for content in (None, b"half an archive"):
+            archive = tmp_path / "babi.tar.xz"
+            if content:
+                archive.write_bytes(content)
+            file = self.quick(tmp_path, **changes, task_options={"task": "qa4", "babi": str(archive)})
+            assert str(archive) in fails("--recipe", file)
 
     def test_batches_that_cannot_be_divided(self, fails, symbols, tmp_path):
         file = self.quick(tmp_path, model=symbols, gradient_accumulation=3)

@@ -195,16 +195,11 @@ class Recipe:
             where = f"stages, number {number}: "
             given = [name for name in ("segments", "pairs", "length") if getattr(stage, name) is not None]
             if len(given) != 1:
-                raise ValueError(
-                    f"{where}give one of segments, pairs and length, not {' and '.join(given) or 'none'}."
-                )
-            check_least(stage, where, {"max_steps": 1, "at_least": 1, "segment_size": 1, "batch_size": 1})
-            check_least(
-                stage,
-                where,
-                {"gradient_accumulation": 1, "length": 0, "background_segments": 0, "segments": stage.at_least},
-            )
-            check_least(stage, where, {"pairs": stage.at_least})
+                found = " and ".join(given) or "none"
+                raise ValueError(f"{where}give one of segments, pairs and length, not {found}.")
+            least = {"max_steps": 1, "at_least": 1, "segment_size": 1, "batch_size": 1, "gradient_accumulation": 1}
+            least |= {"length": 0, "background_segments": 0, "segments": stage.at_least, "pairs": stage.at_least}
+            check_least(stage, where, least)
         if self.method == "memory" and self.distillation is not None:
             raise ValueError(
                 "distillation holds a backbone to what it was; with the method memory it does not change."

@@ -125,8 +125,6 @@ def make_trainable(recipe: Recipe, model: ARMTForCausalLM, segment_sizes: list[i
     """Adapters, or gradients where the recipe's method wants them, and how they are computed."""
     if recipe.compile:
         model.compile_armt()
-    if recipe.gradient_checkpointing:  # transformers renamed it on the way
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     if recipe.method == "lora":
         if segment_sizes[-1] != model.config.segment_size:
             raise ValueError(
@@ -134,11 +132,13 @@ def make_trainable(recipe: Recipe, model: ARMTForCausalLM, segment_sizes: list[i
                 f"base, {model.config.segment_size}. End with these, or train with the method full or memory."
             )
         lora = recipe.lora
-        return get_peft_model(model, lora_config(model, lora.r, lora.alpha, lora_dropout=lora.dropout))
-    model.requires_grad_(True)
-    if recipe.method == "memory":
-        model.model.requires_grad_(False)
-    return model
+        adapted = get_peft_model(model, lora_config(model, lora.r, lora.alpha, lora_dropout=lora.dropout))
+    else:
+        adapted = model.requires_grad_(True)
+        model.model.requires_grad_(recipe.method == "full")
+    if recipe.gradient_checkpointing:  # transformers renamed it on the way
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    return adapted
 
 
 def summarize(recipe: Recipe, trainer: CurriculumTrainer, command: str | None) -> dict[str, Any]:
