@@ -45,9 +45,10 @@ def expansion_bound(k: torch.Tensor, beta: torch.Tensor, denominator: torch.Tens
     Returns:
         `(B,)`.
     """
-    H = k @ (beta / denominator[..., None] * k).mT
-    x = H @ H.sum(-1, keepdim=True)
-    return (H @ x / x.clamp(min=1e-30)).amax((-2, -1))
+    rows, scaled = k.shape[:-2], beta / denominator[..., None] * k
+    H = torch.bmm(k.flatten(0, -3), scaled.flatten(0, -3).mT)
+    x = torch.bmm(H, H.sum(-1, keepdim=True))
+    return (torch.bmm(H, x) / x.clamp(min=1e-30)).amax((-2, -1)).unflatten(0, rows)
 
 
 class LayerStatistics(NamedTuple):
@@ -70,7 +71,6 @@ class LayerStatistics(NamedTuple):
         """The statistics with `function` applied to every tensor."""
         return LayerStatistics(*map(function, self))
 
-    @torch.no_grad()
     def after_read(self, x: torch.Tensor, terms: ReadTerms, ignore: torch.Tensor | None = None) -> "LayerStatistics":
         """
         The statistics with a read taken in.
@@ -81,15 +81,16 @@ class LayerStatistics(NamedTuple):
             ignore: bool, broadcastable to `(B, P)`, positions that do not count.
         """
         dtype = self.reads.dtype
-        size = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
-        seen = (torch.linalg.vector_norm(terms.answer, dim=-1, dtype=dtype) / size).to(self.reads.device)
-        least = torch.full_like(seen, NONE) if terms.denominator is None else -terms.denominator
-        seen = torch.stack((least, seen), dim=-1)
-        if ignore is not None:
-            seen = seen.masked_fill(ignore.to(seen.device)[..., None], NONE)
-        return self._replace(reads=self.reads.maximum(seen.amax(-2)))
+        with torch.no_grad():
+            size = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
+            seen = (torch.linalg.vector_norm(terms.answer, dim=-1, dtype=dtype) / size).to(self.reads.device)
+            least = torch.full_like(seen, NONE) if terms.denominator is None else -terms.denominator
+            seen = torch.stack((least, seen), dim=-1)
+            if ignore is not None:
+                seen = seen.masked_fill(ignore.to(seen.device)[..., None], NONE)
+            # Not `_replace`, which torch 2.11 does not compile.
+            return LayerStatistics(self.reads.maximum(seen.amax(-2)), self.peaks, self.sums, self.marks, self.last)
 
-    @torch.no_grad()
     def after_write(
         self, A: torch.Tensor, terms: WriteTerms, first: torch.Tensor | None, writes: torch.Tensor | None
     ) -> "LayerStatistics":
@@ -102,25 +103,33 @@ class LayerStatistics(NamedTuple):
             first: `(B,)` bool, rows that write for the first time; None if none does.
             writes: `(B,)` bool, rows that write; None if all do.
         """
+        with torch.no_grad():
+            sums, (peaks, last) = self._sums_after(terms, writes), self._peaks_after(terms, first, writes)
+            # Marks are at writes 1, 2, 4, 8, ...: the earlier one is never far from the middle of what was written.
+            number, norm = sums[..., 2:], torch.linalg.vector_norm(A, dim=(-2, -1))[..., None]
+            due = number >= self.marks[..., 2:]
+            if writes is not None:
+                due = due & writes[..., None]
+            marks = torch.where(due, torch.cat((norm, self.marks[..., :1], 2 * number), dim=-1), self.marks)
+            return LayerStatistics(self.reads, peaks, sums, marks, last)
+
+    def _sums_after(self, terms: WriteTerms, writes: torch.Tensor | None) -> torch.Tensor:
         gamma = terms.gamma
         share = torch.stack((gamma, (gamma == 0).to(gamma), torch.ones_like(gamma)), dim=-1).mean(-2)
-        sums = self.sums + (share if writes is None else share * writes[..., None])
-        peaks, last = self.peaks, self.last
-        if terms.denominator is not None:
-            bound = expansion_bound(terms.k, terms.beta, terms.denominator)
-            least = torch.stack((terms.denominator, terms.overlap), dim=-1).amin(-2)
-            seen = torch.cat((-least, bound[..., None]), dim=-1)
-            for rows in (first, None if writes is None else ~writes):
-                seen = seen if rows is None else seen.masked_fill(rows[..., None], NONE)
-            peaks = peaks.maximum(seen)
-            last = seen[..., 2:] if writes is None else torch.where(writes[..., None], seen[..., 2:], last)
-        # Marks are at writes 1, 2, 4, 8, ...: the earlier one is never far from the middle of what was written.
-        number, norm = sums[..., 2:], torch.linalg.vector_norm(A, dim=(-2, -1))[..., None]
-        due = number >= self.marks[..., 2:]
-        if writes is not None:
-            due = due & writes[..., None]
-        marks = torch.where(due, torch.cat((norm, self.marks[..., :1], 2 * number), dim=-1), self.marks)
-        return LayerStatistics(self.reads, peaks, sums, marks, last)
+        return self.sums + (share if writes is None else share * writes[..., None])
+
+    def _peaks_after(
+        self, terms: WriteTerms, first: torch.Tensor | None, writes: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if terms.denominator is None:
+            return self.peaks, self.last
+        least = torch.stack((terms.denominator, terms.overlap), dim=-1).amin(-2)
+        bound = expansion_bound(terms.k, terms.beta, terms.denominator)
+        seen = torch.cat((-least, bound[..., None]), dim=-1)
+        for rows in (first, None if writes is None else ~writes):
+            seen = seen if rows is None else seen.masked_fill(rows[..., None], NONE)
+        last = seen[..., 2:] if writes is None else torch.where(writes[..., None], seen[..., 2:], self.last)
+        return self.peaks.maximum(seen), last
 
     def columns(self) -> dict[str, torch.Tensor]:
         """`(B,)` each, by name; infinite what a row has not met."""

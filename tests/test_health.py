@@ -225,6 +225,15 @@ def test_every_way_to_read_finds_the_same(way, kind: str, steps_on_the_cpu):
     same_numbers(way(model, ids, mask).stats(), expected)
 
 
+def test_collecting_breaks_no_graph(monkeypatch):
+    compile_ = torch.compile
+    whole = {"fullgraph": True, "backend": "aot_eager"}  # which raises at a break
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, **{**options, **whole}))
+    model, ids = tiny_model("llama"), random_ids(1, LENGTH)
+    expected = sequential(model, ids, torch.ones_like(ids)).stats()
+    same_numbers(diagonal(model.compile_armt(), ids, torch.ones_like(ids)).stats(), expected, 1e-6)
+
+
 @pytest.mark.slow
 def test_compiled_code_finds_the_same(steps_on_the_cpu, monkeypatch):
     monkeypatch.setattr(decode_armt, "COMPILES", True)
