@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from .memory_armt import AssociativeMemory, MemoryState
-from .statistics_armt import LayerStatistics
+from .statistics_armt import LayerStatistics, read_extremes
 
 
 _current_pass: ContextVar["SegmentPass | None"] = ContextVar("armt_segment_pass", default=None)
@@ -61,7 +61,8 @@ class SegmentPass:
             if self.unwritten_rows is not None:
                 rows = self.unwritten_rows[:, None]
                 ignore = rows if ignore is None else rows | ignore
-            self.statistics[layer] = self._statistics(layer, state).after_read(x, terms, ignore)
+            known = self._statistics(layer, state)
+            self.statistics[layer] = known.after_read(read_extremes(x, terms, known.reads), ignore)
         return read
 
     def write(self, layer: int, y: torch.Tensor) -> None:

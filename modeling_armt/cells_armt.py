@@ -13,7 +13,7 @@ from .memory_armt import MemoryState
 from .native_armt import NativeCall
 from .stacked_memory_armt import StackedMemory, memory_weights
 from .stacking_armt import LayerGroup
-from .statistics_armt import LayerStatistics
+from .statistics_armt import LayerStatistics, read_extremes
 
 
 # Held while cells are called, since the choice of attention kernels is one for the whole process.
@@ -190,7 +190,8 @@ class CellGroup:
         statistics = None
         if state.reads is not None:
             new_rows = None if first is None else first[..., None]
-            statistics = LayerStatistics(*state[2:]).after_read(x, terms, new_rows)
+            known = LayerStatistics(state.reads, state.peaks, state.sums, state.marks, state.last)
+            statistics = known.after_read(read_extremes(x, terms, state.reads), new_rows)
         del terms  # not kept while the layers run
         y = self.run_layers(weights, read, shared, own)
         new, terms = memory.write(y[:, :, -num_mem_tokens:], old, first)

@@ -20,7 +20,7 @@ from .memory_armt import MemoryState
 from .native_armt import StandIn, with_layers
 from .replay_armt import Replay
 from .static_keys_armt import StaticKeys, bare_layer, load_keys, slot_masks, unload_keys
-from .statistics_armt import LayerStatistics
+from .statistics_armt import LayerStatistics, read_extremes
 
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ logger = logging.get_logger(__name__)
 
 Pairs = list[tuple[torch.Tensor, torch.Tensor]]
 
-# coordinate_descent_tuning also turns the products of a single row into sums, which run at the speed of the memory.
-INDUCTOR_OPTIONS = {"coordinate_descent_tuning": True}
+# Turns the products of a single row into sums, which run nearer to the speed of the memory; takes longer to compile.
+SINGLE_ROW_OPTIONS = {"coordinate_descent_tuning": True}
 
 
 class _StaticLayer(StandIn):
@@ -83,8 +83,7 @@ class DecodeStep:
         self.spans = _spans(config.text_config, masks)
         self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
         self._seconds, self._replays, self.batch_size = 0.0, (), 0
-        options = None if self.device.type == "cpu" else INDUCTOR_OPTIONS
-        self._pass = torch.compile(self._read_token, dynamic=False, options=options) if compiles else None
+        self._pass, self._compiles = None, compiles
         num_layers = config.text_config.num_hidden_layers
         layers = [bare_layer(layer) for layer in find_decoder_layers(model.decoder, num_layers)]
         attach_memories(with_layers(model.decoder, num_layers, layers), num_layers, ())
@@ -118,7 +117,12 @@ class DecodeStep:
             # Reads are bound by the bytes of A, which is constant within a segment.
             short = self.dtype == torch.bfloat16
             self.read_A = {index: s.A.to(self.dtype) if short else s.A for index, s in self.states.items()}
-            self.statistics = {index: LayerStatistics.new(size, state.A) for index, state in self.states.items()}
+            empty = LayerStatistics.new(size, next(iter(self.states.values())).A)
+            self.of_all_layers = empty.map(lambda tensor: tensor.repeat(len(self.states), 1, 1))
+            self.statistics = {
+                index: self.of_all_layers.map(lambda tensor, number=number: tensor[number])
+                for number, index in enumerate(self.states)
+            }
             self.ids = torch.zeros(size, 1, dtype=torch.long, device=self.device)
             self.real = torch.ones(size, dtype=torch.bool, device=self.device)
             self.position = torch.zeros(size, dtype=torch.long, device=self.device)
@@ -126,6 +130,9 @@ class DecodeStep:
             self.rows = torch.arange(size, device=self.device)
             self.one_row = self.rows[:1].clone()
         self.last_hidden = self.logits = self._flushed = None
+        if self._compiles:
+            options = SINGLE_ROW_OPTIONS if size == 1 and self.device.type == "cuda" else None
+            self._pass = torch.compile(self._read_token, dynamic=False, options=options)
         self.recapture()
 
     def recapture(self) -> None:
@@ -202,7 +209,7 @@ class DecodeStep:
                 with torch._dynamo.config.patch(recompile_limit=64):
                     self._pass()
             except Exception as error:
-                self._pass = None
+                self._pass, self._compiles = None, False
                 logger.warning(f"the decode step cannot be compiled ({error}); it runs as it is.")
         if self._pass is None:
             self._read_token()
@@ -213,7 +220,9 @@ class DecodeStep:
         slots = torch.where(real, place, self.num_slots - 1)
         keys = StaticKeys(self.keys, self.values, self.rows, slots, all_rows=True)
         embeddings = self.embedding(self.ids)
+        self._seen = {}
         hidden = self._decode(self.reader, embeddings, place, self.real, keys)[:, 0]
+        self._take_in_reads()
         self.last_hidden.copy_(torch.where(real, hidden, self.last_hidden))
         self.position.add_(self.real)
 
@@ -245,9 +254,13 @@ class DecodeStep:
         if x.dtype == self.dtype:
             state = MemoryState(self.read_A[index], state.z)
         read, terms = self.memory[str(index)].read(x, state)
-        statistics, counts = self.statistics[index], self.real & self.written
-        statistics.reads.copy_(statistics.after_read(x, terms, ~counts[:, None]).reads)
+        self._seen[index] = read_extremes(x, terms, self.states[index].A)
         return read
+
+    def _take_in_reads(self) -> None:
+        """The statistics of all layers at once: more kernels in every layer would be more than they are worth."""
+        seen = torch.stack([self._seen[index] for index in self.states])
+        self.of_all_layers.reads.copy_(self.of_all_layers.after_read(seen, ~(self.real & self.written)[:, None]).reads)
 
     # The end of a segment
 
@@ -273,7 +286,8 @@ class DecodeStep:
         rows = self._flushed
         read, terms = self.memory[str(index)].read(x, self.states[index].map(lambda t: t[rows]))
         statistics = self.statistics[index].map(lambda t: t[rows])
-        self._keep(index, statistics.after_read(x, terms, ~self.written[rows][:, None]))
+        seen = read_extremes(x, terms, statistics.reads)
+        self._keep(index, statistics.after_read(seen, ~self.written[rows][:, None]))
         return read
 
     def _write_rows(self, index: int, y: torch.Tensor) -> None:

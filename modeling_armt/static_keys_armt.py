@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -22,8 +23,8 @@ from .cache_armt import SegmentKeys
 
 # What takes the place of a backbone's attention; in that of sdpa, which overlooks what it does not know, as it does.
 ATTENTION, SDPA_ATTENTION = "armt_static_attention", "armt_static_sdpa"
-# Up to so many rows attention is written as sums, which the compiler fuses; beyond, matrix products read less.
-ROWS_OF_SUMS = 4
+# Slots that are read or left out together, and into how many parts all rows' work is cut to keep a GPU busy.
+BLOCK, PARTS = 128, 1024
 
 
 class StaticKeys(Cache):
@@ -125,10 +126,8 @@ def static_attention(
     if length > 1 or not torch.compiler.is_compiling():
         mask = attention_mask.expand(-1, groups, -1, -1).reshape(batch_size, 1, groups * length, -1)
         output = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    elif batch_size <= ROWS_OF_SUMS:
-        scores = (query[:, :, :, None].to(exact) * key[:, :, None]).sum(-1) * scaling + attention_mask
-        weights = scores.softmax(-1)
-        output = (weights[..., None] * value[:, :, None]).sum(-2).to(query.dtype)
+    elif query.is_cuda and query.dtype != torch.float64:
+        output = blockwise_attention(query, key, value, attention_mask, scaling)
     else:
         scores = (query @ key.transpose(2, 3)).to(exact) * scaling + attention_mask
         output = scores.softmax(-1).to(query.dtype) @ value
@@ -137,6 +136,37 @@ def static_attention(
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, static_attention)
 ALL_ATTENTION_FUNCTIONS.register(SDPA_ATTENTION, partial(static_attention, unknown=("position_bias",)))
+
+
+def blockwise_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scaling: float
+) -> torch.Tensor:
+    """
+    Attention of one position, to be compiled. Reads no block of slots behind the last one that a row sees.
+
+    Args:
+        query: `(B, key heads, groups, head_dim)`, the query heads that share keys side by side.
+        key, value: `(B, key heads, slots, head_dim)`.
+        mask: `(B, 1, 1, slots)`, added to the scores.
+
+    Returns:
+        As `query`.
+    """
+    batch_size, key_heads, groups, _ = query.shape
+    slots = mask.shape[3]
+    blocks = -(-slots // BLOCK)
+    of_slot = torch.arange(slots, dtype=torch.int32, device=mask.device) // BLOCK
+    seen = ((mask[:, 0, 0] > torch.finfo(mask.dtype).min / 2) * (of_slot + 1)).amax(-1)[:, None, None].to(torch.int32)
+    number = torch.arange(blocks, dtype=torch.int32, device=mask.device).expand(batch_size, 1, 1, -1).contiguous()
+    block_mask = BlockMask.from_kv_blocks(seen, number, BLOCK_SIZE=BLOCK, seq_lengths=(groups, slots))
+    parts = max(1, min(blocks, PARTS // (batch_size * key_heads)))
+
+    def masked(score, row, head, place, slot):
+        return score + mask[row, 0, 0, slot]
+
+    return flex_attention(
+        query, key, value, score_mod=masked, block_mask=block_mask, scale=scaling, kernel_options={"SPLIT_KV": parts}
+    )
 
 
 def bare_layer(layer: nn.Module) -> nn.Module:

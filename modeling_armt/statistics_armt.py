@@ -51,6 +51,26 @@ def expansion_bound(k: torch.Tensor, beta: torch.Tensor, denominator: torch.Tens
     return (torch.bmm(H, x) / x.clamp(min=1e-30)).amax((-2, -1)).unflatten(0, rows)
 
 
+def read_extremes(x: torch.Tensor, terms: ReadTerms, like: torch.Tensor) -> torch.Tensor:
+    """
+    What the statistics keep the extremes of, for each position that reads.
+
+    Args:
+        x: `(B, P, D)`, what was read for.
+        terms: of the read.
+        like: has the dtype and device of the result.
+
+    Returns:
+        `(B, P, 2)`: the negative of q . z + eps, and |read| / |x|.
+    """
+    with torch.no_grad():
+        dtype = like.dtype
+        size = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
+        ratio = (torch.linalg.vector_norm(terms.answer, dim=-1, dtype=dtype) / size).to(like.device)
+        least = torch.full_like(ratio, NONE) if terms.denominator is None else -terms.denominator
+        return torch.stack((least, ratio), dim=-1)
+
+
 class LayerStatistics(NamedTuple):
     """What is kept of one layer; `COLUMNS` names the columns."""
 
@@ -71,21 +91,15 @@ class LayerStatistics(NamedTuple):
         """The statistics with `function` applied to every tensor."""
         return LayerStatistics(*map(function, self))
 
-    def after_read(self, x: torch.Tensor, terms: ReadTerms, ignore: torch.Tensor | None = None) -> "LayerStatistics":
+    def after_read(self, seen: torch.Tensor, ignore: torch.Tensor | None = None) -> "LayerStatistics":
         """
         The statistics with a read taken in.
 
         Args:
-            x: `(B, P, D)`, what was read for.
-            terms: of the read.
+            seen: `(B, P, 2)`, see [`read_extremes`].
             ignore: bool, broadcastable to `(B, P)`, positions that do not count.
         """
-        dtype = self.reads.dtype
         with torch.no_grad():
-            size = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).clamp(min=torch.finfo(dtype).tiny)
-            seen = (torch.linalg.vector_norm(terms.answer, dim=-1, dtype=dtype) / size).to(self.reads.device)
-            least = torch.full_like(seen, NONE) if terms.denominator is None else -terms.denominator
-            seen = torch.stack((least, seen), dim=-1)
             if ignore is not None:
                 seen = seen.masked_fill(ignore.to(seen.device)[..., None], NONE)
             # Not `_replace`, which torch 2.11 does not compile.

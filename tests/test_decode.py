@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt, decode_step_armt, replay_armt
 from modeling_armt.replay_armt import Replay
-from modeling_armt.static_keys_armt import ROWS_OF_SUMS, static_attention
+from modeling_armt.static_keys_armt import blockwise_attention, slot_masks, static_attention
 
 
 STEPS = 3 * SEGMENT_SIZE + 3  # over three borders at least
@@ -572,7 +572,7 @@ def test_families_that_do_not_fit_are_named_and_go_the_usual_way(name: str, capl
 
 
 @pytest.mark.parametrize("key_heads", [1, 2, 6])
-@pytest.mark.parametrize("rows", [1, ROWS_OF_SUMS, ROWS_OF_SUMS + 1])
+@pytest.mark.parametrize("rows", [1, 5])
 def test_attention_as_it_is_compiled_is_attention(rows: int, key_heads: int, monkeypatch):
     torch.manual_seed(0)
     query, key, value = (
@@ -586,6 +586,17 @@ def test_attention_as_it_is_compiled_is_attention(rows: int, key_heads: int, mon
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda compiling=compiling: compiling)
         found, _ = static_attention(None, query, key, value, mask, scaling=0.3)
         assert difference(found, expected.transpose(1, 2)) <= 1e-12
+
+
+def test_blockwise_attention_is_attention():
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(3, 2, n, 16) for n in (3, 300, 300))
+    place, real = torch.tensor([[37], [128], [250]]), torch.tensor([True, True, False])
+    mask = slot_masks(place, real, 300, torch.float32, {"full": (None, None)})["full"]
+    value[0, :, 256:] = float("nan")  # a block that row 0 does not see
+    found = torch.compile(blockwise_attention)(query, key, value, mask, 0.3)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value.nan_to_num(), mask, scale=0.3)
+    torch.testing.assert_close(found, expected)
 
 
 # llama has norms and rotary tables in float32, whatever the model is; compiled they round differently
