@@ -569,6 +569,18 @@ class TestResume:
             train(recipe(**changes))
         assert numbers(train(recipe(**changes), resume=True)) == numbers(undisturbed)
 
+    def test_a_run_that_only_lacks_its_folder_gets_it(self, recipe, plain, tmp_path, monkeypatch):
+        def interrupt(*args):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("modeling_armt.conversion.training.train.save", interrupt)
+            train(recipe())
+        before = load_file(tmp_path / "out.partial" / "checkpoint-6" / "model.safetensors")
+        assert numbers(train(recipe(), resume=True)) == numbers(plain)
+        after = load_file(tmp_path / "out" / "model.safetensors")
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
     def test_an_unfinished_run_is_not_begun_again(self, recipe, monkeypatch):
         with interrupted(monkeypatch, step=3):
             train(recipe())

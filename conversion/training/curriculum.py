@@ -26,12 +26,14 @@ class Curriculum(TrainerCallback, ExportableState):
         records: of each stage up to this one: `steps`, `score`, `loss`, `seconds` and `scores`, a list of step in the
             stage, score and loss.
         tokens: that were trained on so far.
+        over: whether the last stage has ended.
     """
 
     def __init__(self, recipe: Recipe, exact: bool):
         self.recipe, self.exact = recipe, exact
         self.number = self.started = self.tokens = 0
         self.records: list[dict[str, Any]] = [new_record()]
+        self.over = False
         self.clock = time.monotonic()
 
     @property
@@ -46,7 +48,7 @@ class Curriculum(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """What [`resume`] needs; the Trainer writes it into its checkpoints."""
         self.take_time()
-        names = ("number", "started", "records", "tokens")
+        names = ("number", "started", "records", "tokens", "over")
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names}}
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -91,7 +93,7 @@ class Curriculum(TrainerCallback, ExportableState):
         if not self.is_over(metrics, steps):
             return
         if self.number + 1 == len(self.recipe.stages):
-            control.should_training_stop = True
+            self.over = control.should_training_stop = True
         else:
             self.number += 1
             self.started = state.global_step

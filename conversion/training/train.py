@@ -73,7 +73,10 @@ def train(recipe: Recipe, resume: bool = False, command: str | None = None) -> d
     )
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # in workers that are forked from now on
     try:
-        trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
+        if curriculum.over:  # only the finished folder was missing
+            trainer.restore(last[0])
+        else:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
     except Exception as error:
         if not remove_incomplete(folder):
             raise

@@ -9,7 +9,8 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from ..adapters import parameter_groups
 from ..checkpoints import armt_model, load_checkpoint
@@ -60,6 +61,12 @@ class CurriculumTrainer(Trainer):
         else:
             loaded, _ = load_checkpoint(resume_from_checkpoint, self.model.dtype, "cpu")
             self.model.load_state_dict(loaded.state_dict())
+
+    def restore(self, checkpoint: Path) -> None:
+        """Takes over the result of a run from the checkpoint at its end."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        armt_model(self.model).config.segment_size = self.data.segment_sizes[-1]
 
     # Optimization
 
