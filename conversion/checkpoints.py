@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..configuration_armt import ARMTConfig
 from ..modeling_armt import ARMTForCausalLM
+from .hub_names import may_be_on_hub
 
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
@@ -73,11 +74,13 @@ def check_checkpoint(path: str | Path) -> tuple[str, PeftConfig | None]:
         ValueError, FileNotFoundError: as [`load_checkpoint`].
     """
     name = str(path)
-    if not Path(name).exists() and (Path(name).is_absolute() or len(Path(name).parts) > 2):  # no id of the Hub
+    if not Path(name).exists() and not may_be_on_hub(name):
         raise FileNotFoundError(f"there is no checkpoint {name}.")
     adapter = _adapter_config(name)
-    base = name if adapter is None else adapter.base_model_name_or_path
+    base = name if adapter is None else str(adapter.base_model_name_or_path)
     of = "" if adapter is None else f", the base of the adapter {name},"
+    if not Path(base).exists() and not may_be_on_hub(base):
+        raise FileNotFoundError(f"there is no {base}{of.rstrip(',')}.")
     try:
         config = AutoConfig.from_pretrained(base, revision=None if adapter is None else adapter.revision)
     except Exception as error:  # a damaged file raises whatever its reader meets

@@ -125,8 +125,14 @@ class TestRefuses:
         shutil.copy(adapter / "adapter_config.json", folder)
         assert "has both an adapter and a model in it" in self.refused(folder)
 
-    def test_nothing(self, tmp_path):
-        assert "there is no checkpoint" in self.refused(tmp_path / "nothing", FileNotFoundError)
+    @pytest.mark.parametrize("name", ["nothing", "./nothing", "runs/nothing", "runs/old/nothing", "~/nothing"])
+    def test_nothing_without_asking_the_hub(self, tmp_path, monkeypatch, name):
+        (tmp_path / "runs").mkdir()
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("asked a host"))
+        assert f"there is no checkpoint {name}." in self.refused(name, FileNotFoundError)
+
+    def test_an_empty_folder(self, tmp_path):
         assert "is not a checkpoint that can be loaded" in self.refused(tmp_path)
 
     def test_damaged_weights(self, full, tmp_path):

@@ -29,7 +29,8 @@ from modeling_armt.conversion.tasks.babi import (
 )
 from modeling_armt.conversion.tasks.babilong import Babilong, LengthError, parse_length, sample_key
 from modeling_armt.conversion.tasks.babilong_scoring import TASK_LABELS, contains_score, exact_match, label_score
-from modeling_armt.conversion.tasks.background import SIDES, Background, BackgroundError, side_of, split_sentences
+from modeling_armt.conversion.tasks.background import Background, BackgroundError, split_sentences
+from modeling_armt.conversion.tasks.documents import SHARES, read_documents, side_of_book
 
 
 DEMO = Path(__file__).parents[1] / "conversion" / "demo" / "backbone"
@@ -342,9 +343,15 @@ class TestBackground:
 
     def test_sides(self):
         names = [f"Author_Title{i}_18{i % 90:02}" for i in range(5000)]
-        shares = Counter(side_of(name) for name in names)
-        assert all(abs(shares[side] / 5000 - share) < 0.03 for side, share in SIDES.items())
-        assert [side_of(name) for name in ("Woolf_Years_1937", "Cbronte_Jane_1847")] == ["test", "train"]
+        shares = Counter(side_of_book(name) for name in names)
+        assert all(abs(shares[side] / 5000 - share) < 0.03 for side, share in SHARES.items())
+        assert [side_of_book(name) for name in ("Woolf_Years_1937", "Cbronte_Jane_1847")] == ["test", "train"]
+
+    def test_books_are_on_the_side_that_other_tasks_have_them_on(self, books, tokenizer, cache):
+        background, documents = Background(books, tokenizer, cache), read_documents(books)
+        for side in SHARES:
+            names = [name.removesuffix(".txt") for name in documents.side(side).names]
+            assert sorted(names) == sorted(name for name, _, _ in background.side(side))
 
     def test_draw(self, books, tokenizer, cache):
         background = Background(books, tokenizer, cache)

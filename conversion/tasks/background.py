@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ..hub_names import may_be_on_hub
+from .documents import side_of_book
 
-# Of the books, by a hash of their names. The test side is large because the longest contexts are tested, not trained.
-SIDES = {"train": 0.6, "validation": 0.1, "test": 0.3}
 
 VERSION = 1  # of the cached files
 BATCH = 1024  # sentences tokenized at a time
@@ -78,7 +78,7 @@ class Background:
 
     def side(self, name: str) -> list[tuple[str, int, int]]:
         """The books of one side; raises BackgroundError if there are none."""
-        books = [book for book in self.books if side_of(book[0]) == name]
+        books = [book for book in self.books if side_of_book(book[0]) == name]
         if not books:
             raise BackgroundError(
                 f"None of the {len(self.books)} books of the background falls on the {name} side; more are needed."
@@ -121,16 +121,6 @@ class Background:
         positions = np.concatenate(borders)
         positions[-1] = count
         return np.concatenate(pieces)[:count], positions
-
-
-def side_of(book: str) -> str:
-    """Which side a book is on, whatever other books there are."""
-    share = int.from_bytes(hashlib.sha256(book.encode()).digest()[:8], "big") / 2**64
-    for side, size in SIDES.items():
-        share -= size
-        if share < 0:
-            return side
-    return "test"
 
 
 def split_sentences(text: str) -> list[str]:
@@ -226,7 +216,7 @@ def read_books(source: str | Path) -> Iterator[tuple[str, str]]:
             raise BackgroundError(
                 f"{path} cannot be read, the archive is damaged or incomplete: {type(error).__name__}: {error}"
             ) from error
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+    elif may_be_on_hub(str(source)):
         yield from read_hub_dataset(str(source))
     else:
         raise BackgroundError(f"There is no {source}: a folder or an archive of .txt files is expected there.")
