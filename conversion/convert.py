@@ -33,6 +33,7 @@ def convert(
     variant: str = "v2",
     memory_layers: list[int] | None = None,
     dtype: str = "auto",
+    correction: bool = True,
 ) -> ARMTForCausalLM:
     """
     Turns a pretrained decoder into an ARMT checkpoint, with memories that add exactly zero until they are trained.
@@ -40,7 +41,7 @@ def convert(
     Args:
         backbone: folder or Hub id of a causal language model of transformers.
         out: folder to write; must not exist, or be empty.
-        segment_size, num_mem_tokens, d_mem, memory_layers: see [`ARMTConfig`].
+        segment_size, num_mem_tokens, d_mem, memory_layers, correction: see [`ARMTConfig`].
         variant: `v2`, the authors' current model, or `paper`, the formula of the paper.
         dtype: of the backbone's weights; `auto` keeps the checkpoint's. Memories are float32.
 
@@ -58,7 +59,8 @@ def convert(
         copy_text_files(backbone, folder)
         source = load_backbone(backbone, dtype)
         options = {"segment_size": segment_size, "num_mem_tokens": num_mem_tokens, "d_mem": d_mem}
-        model = attach_checked(source, **options, memory_layers=memory_layers, **VARIANTS[variant])
+        options |= {"memory_layers": memory_layers, "correction": correction}
+        model = attach_checked(source, **options, **VARIANTS[variant])
         model.generation_config.cache_implementation = None  # some families ask for a cache of their own
         model.config.converted_from = describe_backbone(backbone)
         model.save_pretrained(folder)

@@ -108,6 +108,7 @@ class TestHelp:
         ("verb", "options"),
         [
             ("convert", ["--segment-size", "--num-mem-tokens", "--d-mem", "--variant", "--memory-layers", "--dtype"]),
+            ("convert", ["--no-correction"]),
             ("import", ["--backbone", "--segment-size", "--variant", "--no-correction", "--no-denom", "--out"]),
             (
                 "generate",

@@ -218,6 +218,11 @@ class TestWhatComesAlong:
 
 
 class TestOptions:
+    def test_without_correction(self, plain, out):
+        """For comparison: what is written to z is not scaled."""
+        assert convert(plain, out, correction=False).config.correction is False
+        assert ARMTConfig.from_pretrained(out).correction is False
+
     @pytest.mark.parametrize(
         ("variant", "normalize_features", "gamma_eps"), [("v2", True, 0.0), ("paper", False, 1e-5)]
     )

@@ -15,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--d-mem", type=int, default=64, help="width of memory queries and keys (default 64)")
     parser.add_argument("--variant", choices=["v2", "paper"], default="v2", help="formula of the memory (default v2)")
     parser.add_argument(
+        "--no-correction",
+        dest="correction",
+        action="store_false",
+        help="without the correction gamma, so that what is written again adds up, for comparison",
+    )
+    parser.add_argument(
         "--memory-layers", type=int, nargs="+", metavar="I", help="layers that get a memory (default: all)"
     )
     parser.add_argument(

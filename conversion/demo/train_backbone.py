@@ -9,9 +9,7 @@ The result is a Hugging Face folder (bf16 weights, tokenizer, training.json, REA
 """
 
 import argparse
-import array
 import datetime
-import json
 import math
 import platform
 import re
@@ -19,7 +17,6 @@ import shlex
 import shutil
 import sys
 import tarfile
-import time
 import unicodedata
 from pathlib import Path
 
@@ -27,13 +24,21 @@ import safetensors
 import tokenizers
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
+
+from modeling_armt.conversion.pretraining import (
+    make_llama,
+    pack,
+    save_tokenizer,
+    token_losses,
+    train_for,
+    train_tokenizer,
+    write_facts,
+)
 
 
 MAX_PARAMETERS, MAX_BYTES = 4_000_000, 8_000_000
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 SIZES = {"vocab": 2048, "hidden": 160, "layers": 5, "heads": 5, "kv_heads": 5, "intermediate": 432, "context": 256}
 # "ť" is an é that an earlier conversion of some of these books got wrong; "_" marks italics.
 TO_ASCII = str.maketrans({"‘": "'", "’": "'", "`": "'", "´": "'", "“": '"', "”": '"', "‐": "-", "–": "-", "—": " - ",
@@ -153,30 +158,6 @@ def read_novels(source: Path, latest_year: int) -> dict[str, str]:
     return {name: clean(raw[name].decode("utf-8")) for name in tqdm(names, "clean", unit="book", mininterval=2)}
 
 
-def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    # All 256 bytes are in the vocabulary, so that nothing is unknown.
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[BOS, EOS, PAD], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(tqdm(texts, "train tokenizer", unit="book", mininterval=2), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD)
-
-
-def pack(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All books in a row as uint16, each between <s> and </s>."""
-    packed = array.array("H")
-    # The library encodes a list on all cores; in groups, because its results take far more memory than the ids.
-    for i in tqdm(range(0, len(texts), 32), "tokenize", unit="group"):
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts[i : i + 32], add_special_tokens=False):
-            packed.extend([tokenizer.bos_token_id, *encoding.ids, tokenizer.eos_token_id])
-    return torch.frombuffer(packed, dtype=torch.uint16)
-
-
 def random_windows(tokens: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> torch.Tensor:
     """Windows of context + 1 tokens from anywhere; in some a snippet stands twice, with other text between."""
 
@@ -192,51 +173,6 @@ def random_windows(tokens: torch.Tensor, args: argparse.Namespace, generator: to
     position = torch.arange(length, device=tokens.device)
     in_copy = (position >= second) & (position < second + snippet)
     return tokens[start + position - in_copy * (second - first)]
-
-
-def token_losses(model: torch.nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """Loss of every token of the windows but the first, in nats."""
-    logits = model(input_ids=windows[:, :-1], use_cache=False).logits.float().flatten(0, 1)
-    return torch.nn.functional.cross_entropy(logits, windows[:, 1:].flatten(), reduction="none").view(len(windows), -1)
-
-
-def train(model: LlamaForCausalLM, tokens: torch.Tensor, args: argparse.Namespace) -> dict:
-    groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=tokens.device.type == "cuda")
-    generator = torch.Generator(tokens.device).manual_seed(args.seed)
-    losses = token_losses if args.no_compile else torch.compile(token_losses)
-    model.train()
-    start, limit, compiled_at = time.monotonic(), args.minutes * 60, 0.0
-    step, elapsed, progress, curve = 0, 0.0, 0.0, []
-    bar = tqdm(total=round(limit), desc="train", unit="s", mininterval=5)
-    while progress < 1:
-        warm = min(1.0, max((step + 1) / args.warmup, 10 * progress))  # over by a tenth of the time at the latest
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * warm * (1 + math.cos(math.pi * progress)) / 2
-        with torch.autocast(tokens.device.type, torch.bfloat16):
-            loss = losses(model, random_windows(tokens, args, generator)).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        step += 1
-        # Reading the loss waits for the device; every tenth step is enough to keep the clock true.
-        if step == 1 or step % 10 == 0:
-            curve.append((step, round(time.monotonic() - start, 1), round(loss.item(), 4)))
-            if not math.isfinite(curve[-1][2]):
-                raise SystemExit(f"the loss is {loss.item()} at step {step}")
-            bar.set_postfix(step=step, loss=f"{curve[-1][2]:.3f}", refresh=False)
-        elapsed = time.monotonic() - start
-        compiled_at = compiled_at or elapsed  # the schedule starts after the first step, which compiles
-        if compiled_at >= limit:
-            raise SystemExit(f"the first step alone took {compiled_at:.0f} s; give more --minutes, or --no-compile")
-        progress = (elapsed - compiled_at) / (limit - compiled_at)
-        bar.update(min(int(elapsed), bar.total) - bar.n)
-    bar.close()
-    return {"steps": step, "tokens_seen": step * args.batch * args.context, "train_seconds": round(elapsed, 1),
-            "first_step_seconds": round(compiled_at, 1),
-            "curve_of_step_seconds_loss": curve[:: -math.ceil(len(curve) / 100)][::-1]}  # fmt: skip
 
 
 @torch.no_grad()
@@ -269,33 +205,25 @@ def main() -> None:
     training = [novels[name] for name in names if name not in held_out]
 
     tokenizer = train_tokenizer(training, args.vocab)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden, num_hidden_layers=args.layers,
-        num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, intermediate_size=args.intermediate,
-        max_position_embeddings=args.context, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).to(args.device)
+    model = make_llama(tokenizer, vars(args), MAX_PARAMETERS).to(args.device)
     parameters = model.num_parameters()
-    if parameters >= MAX_PARAMETERS:
-        raise SystemExit(f"{parameters:,} parameters; choose sizes with fewer than {MAX_PARAMETERS:,}")
     folder = args.out.with_name(args.out.name + ".tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    tokenizer.save_pretrained(folder)
-    config.save_pretrained(folder)
+    model.config.save_pretrained(folder)
     # Before the time is spent: what users load must be this tokenizer, not the one that a Llama configuration implies.
-    sample = novels[next(iter(held_out))][:10_000] + "\nZoë paid £1,234 to 東京\n"
-    loaded = AutoTokenizer.from_pretrained(folder)
-    ids = loaded(sample)["input_ids"]
-    if ids != tokenizer.backend_tokenizer.encode(sample).ids or loaded.decode(ids) != sample:
-        raise SystemExit("the saved tokenizer does not give back its text")
+    save_tokenizer(tokenizer, folder, novels[next(iter(held_out))][:10_000] + "\nZoë paid £1,234 to 東京\n")
 
     train_tokens = pack(tokenizer, training)
     held_out_tokens = pack(tokenizer, [novels[name] for name in held_out])
     bytes_per_token = sum(len(novels[name].encode()) for name in held_out) / len(held_out_tokens)
-    facts = train(model, train_tokens.to(torch.int64).to(args.device), args)
+    on_device, generator = train_tokens.to(torch.int64).to(args.device), torch.Generator(args.device)
+    generator.manual_seed(args.seed)
+
+    def draw() -> tuple[torch.Tensor, None]:
+        return random_windows(on_device, args, generator), None
+
+    facts = train_for(model, args.minutes, draw, args.lr, args.warmup, not args.no_compile)
     model.to(torch.bfloat16).save_pretrained(folder)
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(args.device)
     facts |= evaluate(saved, held_out_tokens.to(torch.int64).to(args.device), bytes_per_token, args)
@@ -311,11 +239,8 @@ def main() -> None:
         "novels": len(names), "first_year": min(map(year_of, names)), "last_year": max(map(year_of, names)),
         "held_out": ", ".join(held_out), "train_tokens": len(train_tokens), "held_out_tokens": len(held_out_tokens),
     } | facts  # fmt: skip
-    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items())
-    (folder / "training.json").write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     (folder / "README.md").write_text(README.format(**facts), encoding="utf-8")
-    for path in folder.iterdir():
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    write_facts(folder, facts)
     size = sum(path.stat().st_size for path in folder.iterdir())
     if size > MAX_BYTES:
         raise SystemExit(f"{folder} holds {size:,} bytes, more than {MAX_BYTES:,}")
