@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from urllib.parse import urljoin
 
 import yaml
 from huggingface_hub import hf_hub_download
@@ -32,16 +33,19 @@ def describe_backbone(backbone: str | Path) -> dict[str, str]:
         except (OSError, ValueError):  # no card, or no Hub
             return {"name": name}
     metadata = read_metadata(card)
-    return {"name": name, **{field: str(metadata[field]) for field in LICENSE_FIELDS if metadata.get(field)}}
+    terms = {field: str(metadata[field]) for field in LICENSE_FIELDS if metadata.get(field)}
+    if "license_link" in terms and not Path(backbone).is_dir():  # from where the card stands, to anywhere
+        terms["license_link"] = urljoin(f"https://huggingface.co/{name}/blob/main/", terms["license_link"])
+    return {"name": name, **terms}
 
 
 def read_metadata(card: Path) -> dict[str, Any]:
     """The YAML metadata of a model card; empty where there is none, or none that can be read."""
     if not card.is_file():
         return {}
-    match = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8"))
     try:
+        match = REGEX_YAML_BLOCK.search(card.read_text(encoding="utf-8"))
         metadata = yaml.safe_load(match[2]) if match else None
-    except yaml.YAMLError:
+    except (UnicodeDecodeError, yaml.YAMLError):
         return {}
     return metadata if isinstance(metadata, dict) else {}

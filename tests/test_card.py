@@ -19,10 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.cli import main
+from modeling_armt.conversion.evaluation.subject import hash_weights
 from modeling_armt.conversion.provenance import describe_backbone
 from modeling_armt.conversion.publishing.card import CardError, card_of, render_card
 from modeling_armt.conversion.publishing.facts import gather
 from modeling_armt.conversion.publishing.folders import FolderError, inspect_folder
+from modeling_armt.conversion.publishing.publish import prepare
+from modeling_armt.conversion.publishing.records import without_places
 from modeling_armt.conversion.publishing.results import ResultsError, check_results
 from modeling_armt.model_cards import TEMPLATE
 
@@ -57,6 +60,10 @@ def changeable(folder: Path, tmp_path: Path) -> Path:
 def card(folder: Path) -> str:
     facts = gather(inspect_folder(folder), repository="ann/qa1", tag="armt-0123456789ab", base="bob/llama")
     return render_card(facts)
+
+
+def write_page(path: Path, weights: str) -> None:
+    path.write_text(f'<script type="application/json" id="numbers">{json.dumps({"weights": weights})}</script>')
 
 
 def section(card: str, name: str) -> str:
@@ -169,7 +176,45 @@ class TestText:
         assert "apache-2.0, holds for this model too" in card
 
     def test_shows_the_plots(self, card):
-        assert "![score_by_length.png](score_by_length.png)" in card
+        assert "![score by length](score_by_length.png)" in card
+
+    def test_links_the_page_of_inspect(self, changeable, tmp_path):
+        """Beside the results, or in the checkpoint's folder."""
+        write_page(changeable / "inspect.html", hash_weights(changeable))
+        assert "[inspect.html](inspect.html)" in section(card_of(changeable), "State of the memory")
+        other = tmp_path / "evaluation"
+        other.mkdir()
+        for name in ("results.json", "inspect.html"):
+            (changeable / name).rename(other / name)
+        assert "[inspect.html](inspect.html)" in card_of(changeable, results=other)
+        prepared = tmp_path / "prepared"
+        prepared.mkdir()
+        prepare(gather(inspect_folder(changeable), results=other), prepared)
+        assert (prepared / "inspect.html").read_bytes() == (other / "inspect.html").read_bytes()
+
+    def test_page_of_another_seed_beside_the_results_is_not_this_ones(self, changeable, tmp_path):
+        other = tmp_path / "evaluation"
+        other.mkdir()
+        (changeable / "results.json").rename(other / "results.json")
+        write_page(other / "inspect.html", f"{1:016x}")
+        assert "inspect.html" not in card_of(changeable, results=other)
+
+    def test_recipe_leaves_out_what_is_not_set(self, changeable):
+        training = evaluated.training()
+        training["recipe"] |= {"distillation": None, "report_to": [], "stages": [{"segments": 2, "until": None}]}
+        evaluated.write(changeable / "training.json", training)
+        text = section(card_of(changeable), "Training")
+        assert "- segments: 2" in text
+        assert not re.search("null|distillation|report_to", text)
+
+    def test_names_every_device_and_all_days(self, changeable):
+        results = evaluated.results(changeable)
+        results["runs"][1]["lengths"][1] |= {"device": "NVIDIA H100", "date": "2026-11-26T08:00:00+00:00"}
+        evaluated.write(changeable / "results.json", results)
+        assert "Measured on NVIDIA H200 and NVIDIA H100, 2026-11-24 to 2026-11-26." in card_of(changeable)
+
+    def test_says_in_words_what_was_measured_of_the_memory(self, card):
+        assert "lambda" not in section(card, "State of the memory")
 
     def test_tells_the_recipe_but_not_the_place(self, card):
         assert "task: babilong" in section(card, "Training")
@@ -403,6 +448,11 @@ class TestProvenance:
     def test_unknown_licence(self, tmp_path, card):
         assert describe_backbone(self.backbone(tmp_path, card)) == {"name": "tiny-llama"}
 
+    def test_card_that_is_no_text(self, tmp_path):
+        folder = self.backbone(tmp_path, "")
+        (folder / "README.md").write_bytes(b"\xff\xfe---")
+        assert describe_backbone(folder) == {"name": "tiny-llama"}
+
     def test_hub_that_is_out_of_reach(self):
         assert describe_backbone("bob/nonesuch") == {"name": "bob/nonesuch"}
 
@@ -412,6 +462,21 @@ class TestProvenance:
         evaluated.write(changeable / "config.json", config | {"converted_from": {"name": "bob/llama", **terms}})
         data = ModelCard(card_of(changeable)).data.to_dict()
         assert {name: data[name] for name in (*terms, "base_model")} == {**terms, "base_model": "bob/llama"}
+
+
+class TestPlaces:
+    @pytest.mark.parametrize(
+        ("written", "shown"),
+        [
+            ("/home/ann/armt", "armt"),
+            ("armt train /home/ann/armt --task-option babi=/home/ann/babi", "armt train armt --task-option babi=babi"),
+            ("armt evaluate '/home/ann lee/qa1' seed1", "armt evaluate 'qa1' seed1"),
+            ("ann/armt", "ann/armt"),
+            ("1/3 of it, and/or more", "1/3 of it, and/or more"),
+        ],
+    )
+    def test_are_not_shown(self, written, shown):
+        assert without_places({"a": [written]}) == {"a": [shown]}
 
 
 class TestErrors:
@@ -441,6 +506,33 @@ class TestErrors:
     def test_results_that_are_not_there(self, folder, tmp_path):
         with pytest.raises(FolderError, match="no results.json"):
             card_of(folder, results=tmp_path)
+
+    def test_page_of_another_checkpoint(self, changeable):
+        write_page(changeable / "inspect.html", f"{1:016x}")
+        with pytest.raises(FolderError, match=r"inspect\.html shows another checkpoint"):
+            card_of(changeable)
+
+    def test_page_of_something_else(self, changeable):
+        (changeable / "inspect.html").write_text("<html></html>")
+        with pytest.raises(FolderError, match="is not a page of `armt inspect`"):
+            card_of(changeable)
+
+    @pytest.mark.parametrize("content", ['{"recipe": null}', '{"recipe": []}', '{"stages": 3}', '{"stages": [1]}'])
+    def test_training_that_is_something_else(self, changeable, content):
+        (changeable / "training.json").write_text(content)
+        with pytest.raises(FolderError, match="training.json is not what `armt train` writes"):
+            card_of(changeable)
+
+    @pytest.mark.parametrize("name", ["results.json", "training.json", "config.json"])
+    def test_list_in_place_of_fields(self, changeable, name):
+        (changeable / name).write_text("[]")
+        with pytest.raises(FolderError, match=f"{name} holds no fields"):
+            card_of(changeable)
+
+    def test_folder_in_place_of_the_card(self, folder, tmp_path, capsys):
+        assert main(["card", str(folder), "--out", str(tmp_path)]) == 1
+        assert "is a folder. Name the file to write" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("name", ["results.json", "training.json"])
     def test_damaged_file(self, changeable, name):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from families import SEGMENT_SIZE, random_ids, tiny_model
+from matplotlib.figure import Figure
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoTokenizer
@@ -19,7 +20,9 @@ from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.cli import main
 from modeling_armt.conversion.convert import convert
 from modeling_armt.conversion.demo import BACKBONE
+from modeling_armt.conversion.evaluation.subject import hash_weights
 from modeling_armt.conversion.inspecting import record as recording
+from modeling_armt.conversion.inspecting.figures import label
 from modeling_armt.conversion.inspecting.page import inspect_text
 from modeling_armt.conversion.inspecting.record import record
 from modeling_armt.conversion.inspecting.weights import ReplayedWrites, one_hot_of_segment
@@ -351,3 +354,21 @@ def test_a_checkpoint_without_tokenizer_is_refused(checkpoint, text, tmp_path, c
     for path in (tmp_path / "armt").glob("tokenizer*"):
         path.unlink()
     assert "has no tokenizer" in refused(capsys, tmp_path / "armt", "--text", text, "--out", tmp_path / "page.html")
+
+
+def test_a_folder_in_place_of_the_page(checkpoint, text, tmp_path, capsys):
+    """Found out before the text is read."""
+    assert "is a folder. Name the file to write" in refused(capsys, checkpoint, "--text", text, "--out", tmp_path)
+    assert list(tmp_path.iterdir()) == [text]
+
+
+def test_the_page_says_which_weights_it_shows(page, checkpoint):
+    _, numbers = page
+    assert numbers["weights"] == hash_weights(checkpoint)
+
+
+def test_segments_are_counted_in_whole_numbers():
+    axes = Figure().subplots()
+    axes.plot(range(1, 5))
+    label(axes, "segment", "")
+    assert all(place.is_integer() for place in axes.get_xticks())

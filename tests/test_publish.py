@@ -30,6 +30,7 @@ from modeling_armt.conversion.publishing.facts import gather
 from modeling_armt.conversion.publishing.folders import FolderError, inspect_folder
 from modeling_armt.conversion.publishing.hub import HubError, Repository
 from modeling_armt.conversion.publishing.publish import prepare
+from modeling_armt.conversion.publishing.records import without_places
 from modeling_armt.conversion.publishing.shards import shard
 
 
@@ -105,8 +106,18 @@ class TestPublished:
 
     def test_files_are_those_of_the_folder(self, hub, published, folder):
         files = hub.repositories[published].files()
-        for name in set(files) - {".gitattributes", "README.md", ".eval_results/babilong.yaml"}:
+        made = {".gitattributes", "README.md", ".eval_results/babilong.yaml", "results.json", "training.json"}
+        for name in set(files) - made:
             assert files[name].content == (folder / name).read_bytes(), name
+
+    def test_nothing_tells_where_it_was_made(self, hub, published, folder):
+        """Records say what they said, but for the folders of somebody's machine."""
+        files = hub.repositories[published].files()
+        for name in ("results.json", "training.json"):
+            written = json.loads((folder / name).read_text())
+            assert "/home/ann" in json.dumps(written)
+            assert json.loads(files[name].content) == without_places(written)
+        assert not [name for name, blob in files.items() if b"/home/ann" in blob.content]
 
     def test_card_pins_the_commit(self, hub, published):
         repository = hub.repositories[published]
@@ -179,6 +190,14 @@ class TestRepository:
         Repository(name, private=private).commit(files, "first", "one")
         assert hub.repositories[name].private is private
 
+    def test_default_of_the_owner_holds(self, hub, files):
+        hub.private_by_default = True
+        try:
+            Repository("ann/by-default").commit(files, "first", "one")
+        finally:
+            hub.private_by_default = False
+        assert hub.repositories["ann/by-default"].private
+
     def test_commit_of_somebody_else_meanwhile(self, hub, files):
         repository = Repository("ann/busy")
         repository.commit(files, "first", "one")
@@ -228,7 +247,11 @@ class TestInterrupted:
         try:
             command = [sys.executable, "-m", "modeling_armt.conversion", "publish", str(changeable), published]
             process = subprocess.Popen(
-                command, env=environment(hub, tmp_path, "hf_ann"), stderr=subprocess.PIPE, cwd=tmp_path
+                # What a killed process leaves behind in the system's temporary folder stays in the test's.
+                command,
+                env=environment(hub, tmp_path, "hf_ann") | {"TMPDIR": str(tmp_path)},
+                stderr=subprocess.PIPE,
+                cwd=tmp_path,
             )
             while not uploading.wait(1):
                 assert process.poll() is None, process.stderr.read()
@@ -313,9 +336,19 @@ class TestRights:
 
     def test_private_in_a_public_repository(self, published, refused, folder):
         assert "is public" in refused(folder, published, "--private")
+        assert "is public" in refused(folder, published, "--private", "--revision", "a-new-branch")
 
-    def test_name_that_cannot_be(self, refused, folder):
-        assert "cannot be a repository" in refused(folder, "ann/qa1/extra")
+    def test_public_adapter_on_a_private_base(self, hub, folder):
+        HfApi().create_repo("ann/private-base", private=True, exist_ok=True)
+        config = ARMTConfig.from_pretrained(folder)
+        with pytest.raises(HubError, match="the base ann/private-base is private"):
+            Repository("ann/lora-on-it").check(config, "ann/private-base")
+        Repository("ann/lora-on-it", private=True).check(config, "ann/private-base")
+
+    @pytest.mark.parametrize("name", ["qa1", "ann/qa1/extra", "ann/my qa1", "https://huggingface.co/ann/qa1"])
+    def test_name_that_cannot_be(self, refused, folder, name):
+        assert "cannot be a repository" in refused(folder, name)
+        assert "cannot be a repository" in refused(folder, name, "--dry-run")
 
     def test_offline(self, refused, folder, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -336,6 +369,11 @@ class TestOtherContent:
     def test_plain_model(self, hub, refused, folder):
         name = self.fill("ann/llama", config_json='{"model_type": "llama"}')
         assert "ann/llama exists and holds something else (config.json" in refused(folder, name)
+
+    def test_new_branch_of_a_plain_model(self, hub, refused, folder):
+        """It would be made from `main`, with what is there."""
+        name = self.fill("ann/llama-branch", config_json='{"model_type": "llama"}')
+        assert "holds something else (config.json" in refused(folder, name, "--revision", "armt")
 
     def test_adapter(self, hub, refused, folder):
         name = self.fill("ann/adapter", adapter_config_json='{"peft_type": "LORA"}')
@@ -380,6 +418,10 @@ class TestFolders:
         training["recipe"]["task"] = "associative_retrieval"
         evaluated.write(changeable / "training.json", training)
         assert "tokenizer.json" not in inspect_folder(changeable).files
+
+    def test_terms_of_the_backbone_go_along(self, changeable):
+        (changeable / "LICENSE.txt").write_text("as the backbone's")
+        assert "LICENSE.txt" in inspect_folder(changeable).files
 
     def test_missing_shard(self, changeable):
         shard(changeable / "model.safetensors", changeable, most_bytes=2**20)
@@ -501,6 +543,15 @@ class TestVisits:
     def test_plain_model_is_found_out(self, folder):
         with pytest.raises(visits.VisitError, match="loaded as a plain llama model, without memory"):
             visits.visit(BACKBONE, ARMTConfig.from_pretrained(folder), adapter=False)
+
+    @pytest.mark.slow
+    def test_weights_that_give_no_numbers(self, refused, changeable):
+        tensors = load_file(changeable / "model.safetensors")
+        tensors["memory.2.memory_key.weight"][:] = float("nan")
+        save_file(tensors, changeable / "model.safetensors", metadata={"format": "pt"})
+        for name in ("results.json", "training.json"):
+            (changeable / name).unlink()
+        assert "not all finite; nothing was uploaded" in refused(changeable, "ann/nan")
 
     @pytest.mark.slow
     def test_adapter_on_a_base_that_it_was_not_trained_on(self, hub, folder, tmp_path, refused):

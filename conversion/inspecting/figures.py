@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 WITH, WITHOUT, GRAY = "#0b6e4f", "#c2410c", "#777777"
@@ -108,6 +109,7 @@ def thinned(values: Places) -> tuple[np.ndarray, np.ndarray]:
 def label(axes: Axes, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # segments and places are whole
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)

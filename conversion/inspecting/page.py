@@ -14,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ...modeling_armt import ARMTForCausalLM
 from ..checkpoints import armt_model, load_checkpoint
+from ..evaluation.subject import hash_weights
+from .numbers import numbers
 from .record import Record, record
 
 
@@ -58,9 +60,11 @@ def inspect_text(
     Raises:
         ValueError: for a checkpoint without tokenizer or matplotlib missing, a text that is not longer than a segment,
             layers without memory.
-        FileNotFoundError: if there is no folder for the page.
+        FileNotFoundError, FileExistsError: if there is no folder for the page, or a folder in its place.
     """
     out = Path(out)
+    if out.is_dir():
+        raise FileExistsError(f"{out} is a folder. Name the file to write, such as {out / 'inspect.html'}.")
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.parent} to write the page in.")
     if importlib.util.find_spec("matplotlib") is None:
@@ -70,7 +74,8 @@ def inspect_text(
     if tokenizer is None:
         raise ValueError(f"{checkpoint} has no tokenizer, so it cannot read a text. Put one beside the model.")
     known = model.config.memory_layer_indices
-    unknown = sorted(set(layers or ()) - set(known))
+    layers = sorted(set(layers or ()))
+    unknown = sorted(set(layers) - set(known))
     if unknown:
         raise ValueError(f"--layers names {unknown}; the layers with memory are {list(known)}.")
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
@@ -82,7 +87,8 @@ def inspect_text(
         progress(done, len(ids))
 
     found = record(model, ids, read)
-    page = render(model, tokenizer, found, str(checkpoint).rstrip("/").rsplit("/")[-1], name, layers)
+    of = str(checkpoint).rstrip("/").rsplit("/")[-1]
+    page = render(model, tokenizer, found, of, name, layers, hash_weights(checkpoint))
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         part.write_text(page, encoding="utf-8")
@@ -99,8 +105,12 @@ def render(
     checkpoint: str,
     text: str,
     layers: Sequence[int] | None = None,
+    weights_hash: str | None = None,
 ) -> str:
-    """The page as HTML; `checkpoint` and `text` are names, the rest is as for [`inspect_text`]."""
+    """
+    The page as HTML; `checkpoint` and `text` are names, `weights_hash` tells the checkpoint apart from others of its
+    name, the rest is as for [`inspect_text`].
+    """
     from . import figures  # matplotlib is not everybody's
 
     shown = sorted(layers) if layers else strongest_layers(found)
@@ -134,7 +144,7 @@ def render(
         tokens=tokens_table(found, words, max(shown, key=lambda layer: ratio(found, layer)), figures.scale_of),
         leans=[lean for layer in shown for lean in leans(found, words, layer)],
         foot=f"Made by armt inspect on {date.today().isoformat()}.",
-        numbers=json.dumps(numbers(found, shown)),
+        numbers=json.dumps({"weights": weights_hash, **numbers(found, shown)}),
     )
 
 
@@ -231,33 +241,3 @@ def leans(found: Record, words: Words, layer: int) -> list[dict[str, str]]:
         {"layer": layer, "place": words.place(n), "weight": f"{weights[n]:.2f}", "text": words.snippet(n)}
         for n in order.tolist()
     ]
-
-
-def numbers(found: Record, shown: Sequence[int]) -> dict[str, Any]:
-    """What the figures show, for programs."""
-    size = found.segment_size
-    losses = {"memory": found.loss, "alone": found.loss_alone}
-
-    def rounded(values: Sequence[float | None] | None) -> list | None:  # JSON has no nan and no infinity
-        if values is None:
-            return None
-        return [None if value is None or not np.isfinite(value) else float(f"{value:.5g}") for value in values]
-
-    layers = {
-        str(layer): {"A_norm": rounded(of.A_norm), "z_norm": rounded(of.z_norm), "gamma": rounded(of.gamma)}
-        for layer, of in found.layers.items()
-    }
-    for layer in shown:
-        layers[str(layer)]["weights"] = [rounded(row) for row in found.layers[layer].weights.tolist()]
-    return {
-        "segments": found.segments,
-        "segments_in_a_group": found.group,
-        "loss_by_segment": {
-            name: rounded([piece.mean().item() for piece in loss.split(size)]) for name, loss in losses.items()
-        },
-        "layers": layers,
-        "stats": {
-            str(layer): {name: rounded(values) for name, values in stats.items()}
-            for layer, stats in found.stats.items()
-        },
-    }

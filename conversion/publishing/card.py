@@ -8,8 +8,9 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 
 from ...model_cards import TEMPLATE
 from . import tables
-from .facts import Facts, as_yaml, describe_task, gather, title
+from .facts import Facts, describe_task, gather, title
 from .folders import inspect_folder
+from .records import as_yaml, measured, without_defaults
 from .tables import Row, number
 
 
@@ -102,11 +103,12 @@ def fields(facts: Facts) -> dict[str, Any]:
             {key: plain(stage[key]) for key in STAGE if stage.get(key) is not None}
             for stage in training.get("stages", [])
         ],
-        "recipe": as_yaml(recipe) if recipe else None,
+        "recipe": as_yaml(without_defaults(recipe)) if recipe else None,
         "results": results,
         "seed": training.get("seed"),
         "explanations": EXPLANATIONS,
-        "plots": [path.name for path in facts.plots],
+        "plots": {path.name: path.stem.replace("_", " ") for path in facts.plots},
+        "page": facts.page.name if facts.page is not None else None,
     }
     return found | result_fields(facts)
 
@@ -117,7 +119,7 @@ def result_fields(facts: Facts) -> dict[str, Any]:
     results = facts.results
     if results is None:
         return dict.fromkeys((*names, "health"), [])
-    task, environment = results["task"], results["environment"]
+    task = results["task"]
     found = {name: getattr(tables, name)(results) for name in names}
     shown = {column for row in [*found["scores"], *found["losses"]] for column in row}
     length, health = tables.health(facts.own_run)
@@ -129,7 +131,7 @@ def result_fields(facts: Facts) -> dict[str, Any]:
         "backgrounds": tables.backgrounds(results),
         "health": health,
         "health_length": length,
-        "measured": f"on {environment.get('device', 'an unnamed device')}, {environment.get('date', 'undated')}",
+        "measured": measured(results),
     }
 
 
@@ -170,6 +172,8 @@ def card_of(
 
 def write_card(card: str, path: Path) -> None:
     """Writes a card as a whole or not at all."""
+    if path.is_dir():
+        raise CardError(f"{path} is a folder. Name the file to write, such as {path / 'README.md'}.")
     if not path.absolute().parent.is_dir():
         raise CardError(f"there is no folder {path.parent} to write the card in.")
     part = path.with_name(f".{path.name}.part")

@@ -6,13 +6,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 
 from ..evaluation.subject import hash_weights
+from ..inspecting.numbers import read_numbers
 from ..provenance import LICENSE_FIELDS, describe_backbone, read_metadata
 from ..tasks import TASKS
-from .folders import Checkpoint, FolderError, read_json
+from .folders import PAGE, Checkpoint, FolderError, read_json
 from .results import check_results, find_run
 
 
@@ -85,9 +85,33 @@ class Facts:
         """
         if self.results is None:
             return None
-        training = self.training or {}
-        weights = {hash_weights(self.checkpoint.folder), training.get("merged_from")} - {None}
-        return find_run(self.results, self.checkpoint.folder.name, weights, training.get("seed"))
+        return find_run(self.results, self.checkpoint.folder.name, self.weights, (self.training or {}).get("seed"))
+
+    @cached_property
+    def weights(self) -> set[str]:
+        """Hashes of the weights, and of those of the adapter that they were merged from."""
+        return {hash_weights(self.checkpoint.folder), (self.training or {}).get("merged_from")} - {None}
+
+    @cached_property
+    def page(self) -> Path | None:
+        """
+        The page of `armt inspect` of this checkpoint, beside the results or in its folder; None if there is none.
+
+        Raises:
+            FolderError: if what is in the folder is no such page, or one of other weights.
+        """
+        for folder in dict.fromkeys((self.results_folder, self.checkpoint.folder)):
+            page = folder / PAGE
+            if page.is_file():
+                try:
+                    seen = read_numbers(page).get("weights")
+                except ValueError as error:
+                    raise FolderError(f"{error} Remove it, or write it again.") from error
+                if seen is None or seen in self.weights:
+                    return page
+                if folder == self.checkpoint.folder:
+                    raise FolderError(f"{page} shows another checkpoint. Remove it, or write it again: armt inspect")
+        return None
 
     def eval_results(self) -> list[EvalResult]:
         """The scores of this checkpoint, of no other seed, for the card's metadata."""
@@ -118,7 +142,7 @@ class Facts:
                 dataset_id=BENCHMARKS[task["name"]],
                 task_id="_".join(filter(None, (subtask, entry["length"]))),
                 value=entry["scores"]["memory"]["mean"],
-                date=self.results["environment"].get("date"),
+                date=entry.get("date") or self.results["environment"].get("date"),
                 notes="samples of our own, made by the benchmark's recipe, not those of the data set",
             )
             for entry in run["lengths"]
@@ -146,10 +170,13 @@ def gather(
         results: folder of `armt evaluate`; by default the checkpoint's own folder.
 
     Raises:
-        FolderError: if the licence is not known, or the results are not there.
+        FolderError: if the licence is not known, the results are not there, or a page of `armt inspect` is of another
+            checkpoint.
         ResultsError: if there are results without controls or seeds, or of other checkpoints.
     """
     training = checkpoint.record("training.json")
+    if training is not None:
+        check_training(training, checkpoint.folder)
     folder = checkpoint.folder if results is None else Path(results)
     measured = read_json(folder / "results.json") if (folder / "results.json").is_file() else None
     if results is not None and measured is None:
@@ -165,7 +192,19 @@ def gather(
     facts = Facts(name, checkpoint, repository, tag, base, base_revision, terms, training, measured, folder, plots)
     if facts.results is not None:
         _ = facts.own_run  # before anything is written
+    _ = facts.page
     return facts
+
+
+def check_training(training: dict[str, Any], folder: Path) -> None:
+    """
+    Raises:
+        FolderError: if it is not what `armt train` writes.
+    """
+    stages = training.get("stages", [])
+    whole = all(isinstance(training.get(name, {}), dict) for name in ("recipe", "versions"))
+    if not whole or not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise FolderError(f"{folder}/training.json is not what `armt train` writes. Put that back, or remove it.")
 
 
 def known_license(checkpoint: Checkpoint, given: str | None) -> dict[str, str]:
@@ -205,16 +244,3 @@ def describe_task(name: str) -> str | None:
         return None
     module = TASKS[name].partition(":")[0]
     return importlib.import_module(f"...tasks.{module}", __name__).__doc__.strip().partition("\n\n")[0]
-
-
-def without_places(values: Any) -> Any:
-    """Values of a recipe or an option, with files named but not the folders of somebody's machine."""
-    if isinstance(values, dict):
-        return {key: without_places(value) for key, value in values.items()}
-    if isinstance(values, list):
-        return [without_places(value) for value in values]
-    return Path(values).name if isinstance(values, str) and Path(values).is_absolute() else values
-
-
-def as_yaml(values: Any) -> str:
-    return yaml.safe_dump(without_places(values), sort_keys=False, allow_unicode=True, width=110).strip()

@@ -22,7 +22,9 @@ TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
     "chat_template.jinja", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-RECORDS = ("results.json", "training.json", "recipe.yaml", "*.png")
+PAGE = "inspect.html"
+RECORDS = ("results.json", "training.json", "recipe.yaml", "*.png", PAGE)
+TERMS = ("LICENSE*", "NOTICE*")
 TASKS_OF_SYMBOLS = ("associative_retrieval",)
 # What `publish` writes and may therefore replace or remove in a repository.
 PUBLISHED = (
@@ -80,7 +82,7 @@ def inspect_folder(folder: str | Path) -> Checkpoint:
             f"{folder} has an adapter ({', '.join(adapter_files)}) beside a full checkpoint: whoever loads it gets "
             "the adapter's base instead. Move the adapter into a folder of its own."
         )
-    wanted = [*TOKENIZER, *RECORDS]
+    wanted = [*TOKENIZER, *RECORDS, *TERMS]
     if "adapter_config.json" in present:
         adapter, config = _read_adapter(folder)
         wanted += ADAPTER
@@ -116,16 +118,19 @@ def published(name: str) -> bool:
     return any(_matches(name, pattern) for pattern in PUBLISHED)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path) -> dict[str, Any]:
     """The content of a JSON file.
 
     Raises:
-        FolderError: naming the file if it is not JSON.
+        FolderError: naming the file if it is not JSON, or no mapping.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also what is not UTF-8
         raise FolderError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise FolderError(f"{path} holds no fields, but {type(content).__name__}.")
+    return content
 
 
 def _has_tokenizer(files: list[str]) -> bool:
@@ -135,7 +140,8 @@ def _has_tokenizer(files: list[str]) -> bool:
 def _reads_symbols(folder: Path) -> bool:
     """Whether the model was trained on a task without text."""
     path = folder / "training.json"
-    return path.is_file() and read_json(path).get("recipe", {}).get("task") in TASKS_OF_SYMBOLS
+    recipe = read_json(path).get("recipe") if path.is_file() else None
+    return isinstance(recipe, dict) and recipe.get("task") in TASKS_OF_SYMBOLS
 
 
 def _matches(name: str, pattern: str) -> bool:

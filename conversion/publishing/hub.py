@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from ...configuration_armt import ARMTConfig
 from .folders import FolderError, published, read_json
@@ -36,10 +37,17 @@ class Repository:
         name: `user/name`.
         revision: branch; made from `main` if it is not there.
         private: whether the repository is private if it has to be made.
+
+    Raises:
+        HubError: for what cannot be a name.
     """
 
     def __init__(self, name: str, revision: str | None = None, private: bool = False):
         self.name, self.branch, self.private = name, revision or "main", private
+        with self.errors():
+            validate_repo_id(name)
+        if "/" not in name:
+            raise HubError(f"{name} cannot be a repository: it takes the owner too, user/name.")
         self.api = HfApi(library_name="modeling_armt")
 
     def check(self, config: ARMTConfig, adapter_base: str | None) -> None:
@@ -71,8 +79,14 @@ class Repository:
             if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
                 raise HubError(f"this token may only read. Make one that may write to {self.name}.")
             files = self.files()
-            if self.private and files and not self.api.repo_info(self.name).private:
+            if self.private and self.is_private() is False:
                 raise HubError(f"{self.name} exists and is public, so that nothing in it would be private.")
+            alone = adapter_base is not None and not (self.private or self.is_private())
+            if alone and Repository(adapter_base).is_private():
+                raise HubError(
+                    f"the base {adapter_base} is private, so that nobody could load the adapter. Make it public, or "
+                    "publish the adapter with --private."
+                )
         foreign = [name for name in files if not any(fnmatch(name, pattern) for pattern in NEUTRAL)]
         if foreign and not self.holds(files, config, adapter_base):
             kind = "an ARMT checkpoint of this shape" if adapter_base is None else f"an adapter on {adapter_base}"
@@ -89,19 +103,28 @@ class Repository:
         if marker not in files or other in files:
             return False
         with self.errors():
-            there = read_json(Path(self.api.hf_hub_download(self.name, marker, revision=self.branch)))
+            there = read_json(Path(self.api.hf_hub_download(self.name, marker, revision=self.origin())))
         if adapter_base is not None:
             return there.get("base_model_name_or_path") == adapter_base
         ours, theirs = config.to_dict()["text_config"], there.get("text_config") or {}
         return there.get("model_type") == "armt" and all(ours.get(name) == theirs.get(name) for name in SHAPE)
 
-    def files(self) -> list[str]:
-        """Paths on the branch; none if there is no such repository or branch yet."""
+    def is_private(self) -> bool | None:
+        """None if there is no such repository yet."""
         try:
-            return self.api.list_repo_files(self.name, revision=self.branch)
-        except RevisionNotFoundError:
-            return []
+            return self.api.repo_info(self.name).private
         except RepositoryNotFoundError:
+            return None
+
+    def origin(self) -> str:
+        """The branch, or `main`, which it will be made from."""
+        return self.branch if self.api.revision_exists(self.name, self.branch) else "main"
+
+    def files(self) -> list[str]:
+        """Paths on the branch, or on what it will be made from; none if there is no such repository yet."""
+        try:
+            return self.api.list_repo_files(self.name, revision=self.origin())
+        except (RepositoryNotFoundError, RevisionNotFoundError):
             return []
 
     def commit(self, folder: Path, message: str, tag: str) -> str:
@@ -122,7 +145,8 @@ class Repository:
         """
         paths = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
         with self.errors():
-            self.api.create_repo(self.name, private=self.private, exist_ok=True)
+            # Where nothing is said, an organisation's own default holds.
+            self.api.create_repo(self.name, private=self.private or None, exist_ok=True)
             if self.branch != "main":
                 self.api.create_branch(self.name, branch=self.branch, exist_ok=True)
             parent = self.api.repo_info(self.name, revision=self.branch).sha
@@ -170,7 +194,7 @@ class Repository:
         if status in (401, 403):
             return f"this token may not write to {self.name}: {_first_line(error)}."
         if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
-            return f"{self.name} has no branch {self.branch}, or you may not see it."
+            return f"{self.name} has no revision {self.branch}, or you may not see it."
         if status == 412:
             return f"somebody else has committed to {self.name} meanwhile; run the command again."
         return f"the Hub refused to write {self.name}: {_first_line(error)}."

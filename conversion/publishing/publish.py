@@ -11,8 +11,9 @@ from huggingface_hub import HfApi, eval_result_entries_to_yaml
 
 from .card import render_card
 from .facts import Facts, gather
-from .folders import Checkpoint, FolderError, inspect_folder, read_json
+from .folders import PAGE, Checkpoint, FolderError, inspect_folder, read_json
 from .hub import HubError, Repository
+from .records import without_places
 from .shards import MOST_BYTES, WEIGHTS, shard
 from .visits import VisitError, agree, visit
 
@@ -86,6 +87,8 @@ def publish(
             return publication
         adapter = checkpoint.adapter is not None
         expected = visit(prepared, checkpoint.config, adapter)
+        if not agree(expected, expected):
+            raise VisitError(f"the logits of {checkpoint.folder} are not all finite; nothing was uploaded.")
         if adapter and base != checkpoint.adapter.base_model_name_or_path:
             trained = visit(checkpoint.folder.resolve(), checkpoint.config, adapter)
             if not agree(trained, expected):
@@ -103,7 +106,8 @@ def publish(
 
 def prepare(facts: Facts, folder: Path, most_bytes: int = MOST_BYTES) -> None:
     """
-    Fills a folder with what is to be uploaded. Weights are linked, not copied, unless they have to be split.
+    Fills a folder with what is to be uploaded. Files are linked, not copied, unless weights have to be split or a
+    record names folders of this machine.
 
     Args:
         facts: of the checkpoint.
@@ -122,6 +126,12 @@ def prepare(facts: Facts, folder: Path, most_bytes: int = MOST_BYTES) -> None:
         for path in [facts.results_folder / "results.json", *facts.plots]:
             (folder / path.name).unlink(missing_ok=True)
             (folder / path.name).symlink_to(path.resolve())
+    if facts.page is not None:
+        (folder / PAGE).unlink(missing_ok=True)
+        (folder / PAGE).symlink_to(facts.page.resolve())
+    for name in ("results.json", "training.json", "recipe.yaml"):
+        if (folder / name).exists():
+            remove_places(folder / name)
     if checkpoint.adapter is not None:
         (folder / "adapter_config.json").unlink()
         fields = read_json(checkpoint.folder / "adapter_config.json")
@@ -153,12 +163,23 @@ def find_base(checkpoint: Checkpoint, given: str | None) -> tuple[str | None, st
             f"the base of the adapter {checkpoint.folder} is a folder of this machine, {base}, where nobody else "
             "finds it. Publish that first, then this with --base USER/NAME; or merge both: armt merge"
         )
-    repository = Repository(base)
     try:
+        repository = Repository(base, revision)
         with repository.errors():
             return base, HfApi().repo_info(base, revision=revision or None).sha
     except HubError as error:
         raise HubError(f"the base {base} of the adapter is not on the Hub, or cannot be seen: {error}") from error
+
+
+def remove_places(record: Path) -> None:
+    """Replaces a link to a JSON or YAML file by a copy that names no folders of this machine, if it names any."""
+    text = record.read_text(encoding="utf-8")
+    values = yaml.safe_load(text) if record.suffix == ".yaml" else json.loads(text)
+    kept = without_places(values)
+    if kept != values:
+        record.unlink()
+        text = yaml.safe_dump(kept, sort_keys=False) if record.suffix == ".yaml" else json.dumps(kept, indent=1)
+        record.write_text(text, encoding="utf-8")
 
 
 def content_tag(checkpoint: Checkpoint, base: str | None, base_revision: str | None) -> str:

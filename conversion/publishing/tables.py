@@ -5,6 +5,20 @@ from typing import Any
 
 
 CONDITIONS = ("memory", "memory off", "memory swapped", "fact deleted", "backbone")
+# Of `ARMTCache.stats`, in words.
+QUANTITIES = {
+    "A_norm": "norm of A, the memory's matrix",
+    "z_norm": "norm of z, which normalises reads",
+    "A_growth": "doublings of A's norm in a thousand segments",
+    "mean_gamma": "gamma, the new share of a key, on average",
+    "zero_gamma_share": "share of the keys of which nothing was new",
+    "lambda_max": "largest eigenvalue of a write (A grows where it stays above two)",
+    "lambda_last": "the same of the last write",
+    "min_kz_ratio": "smallest k·z of a write, in squares of the key's norm",
+    "min_qz": "smallest denominator of a read",
+    "min_denominator": "smallest denominator of a read or a write",
+    "max_read_ratio": "largest read, in norms of what it is added to",
+}
 Row = dict[str, str]
 
 
@@ -80,7 +94,8 @@ def health(run: dict[str, Any]) -> tuple[str, list[Row]]:
     if not entries:
         return "", []
     rows = [
-        {"quantity": name.replace("_", " ")} | {key.replace("_", " "): number(value) for key, value in of.items()}
+        {"quantity": QUANTITIES.get(name, name.replace("_", " "))}
+        | {key.replace("_", " "): number(value) for key, value in of.items()}
         for name, of in entries[-1]["stats"].items()
     ]
     return entries[-1]["length"], rows

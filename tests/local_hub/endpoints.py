@@ -65,7 +65,8 @@ class Endpoints(Transport):
         url = {"url": f"{self.hub.endpoint}/{name}"}
         if name in self.hub.repositories:
             return self.send(409, {"error": "You already created this model repo", **url})
-        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))
+        private = wanted.get("private", self.hub.private_by_default)
+        private = wanted.get("visibility", "private" if private else "public") == "private"
         self.hub.repositories[name] = Repository(name, private)
         self.send(200, url)
 

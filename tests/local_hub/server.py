@@ -16,12 +16,14 @@ class LocalHub:
     Attributes:
         users: user names by token. A user may write to repositories of its own name.
         readers: tokens that may only read.
+        private_by_default: what a repository is where nothing is said, as an organisation can set it.
         requests: `METHOD path` of every request that arrived.
     """
 
     def __init__(self, **users: str):
         self.users = {token: name for name, token in users.items()}
         self.readers: set[str] = set()
+        self.private_by_default = False
         self.repositories: dict[str, Repository] = {}
         self.large_files: dict[str, bytes] = {}
         self.requests: list[str] = []
