@@ -25,6 +25,7 @@ from modeling_armt import ARMTConfig, ARMTForCausalLM
 from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.cli import main
 from modeling_armt.conversion.demo import BACKBONE
+from modeling_armt.conversion.provenance import describe_backbone
 from modeling_armt.conversion.publishing import visits
 from modeling_armt.conversion.publishing.facts import gather
 from modeling_armt.conversion.publishing.folders import FolderError, inspect_folder
@@ -578,3 +579,12 @@ class TestPushToHub:
         assert isinstance(found, ARMTForCausalLM)
         expected = model.state_dict()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in found.state_dict().items())
+
+
+def test_licence_of_a_backbone_on_the_hub_is_linked_from_anywhere(hub):
+    """The card of a conversion stands in another repository than the file."""
+    card = "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\n---\n"
+    HfApi().create_repo("ann/backbone")
+    HfApi().upload_file(path_or_fileobj=card.encode(), path_in_repo="README.md", repo_id="ann/backbone")
+    found = describe_backbone("ann/backbone")
+    assert found["license_link"] == "https://huggingface.co/ann/backbone/blob/main/LICENSE"
