@@ -1,6 +1,7 @@
 """`armt evaluate`: what it writes, how it goes on where it was cut off, and how it fails."""
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,9 @@ from transformers import AutoTokenizer
 
 from modeling_armt.conversion.cli import main
 from modeling_armt.conversion.demo import BACKBONE
+from modeling_armt.conversion.evaluation.controls import CONTROLS, MEMORY
 from modeling_armt.conversion.evaluation.evaluate import evaluate
+from modeling_armt.conversion.evaluation.plots import score_by_length
 from modeling_armt.conversion.evaluation.results import write_whole
 
 
@@ -198,6 +201,20 @@ class TestCommand:
             with Image.open(tmp_path / "out" / name) as image:
                 assert image.width > 600 and len(image.convert("RGB").getcolors(2**20)) > 100
 
+    def test_what_is_written_beside_a_figure_does_not_overlap(self):
+        score = {"mean": 0.5, "low": 0.4, "high": 0.6, "samples": 9}
+        baselines = {"chance": 0.1, "majority": 0.11, "last location mentioned": 0.527}
+        scores = dict.fromkeys([MEMORY, *CONTROLS.values()], score)
+        entry = {"length": "4k", "tokens": 4000, "baselines": baselines, "scores": scores}
+        runs = [{"checkpoint": f"qa1-{seed}", "seed": seed, "lengths": [entry]} for seed in range(3)]
+        figure = score_by_length({"task": {"name": "babilong", "options": {"task": "qa1"}}, "runs": runs}, runs)
+        figure.draw_without_rendering()
+        labels = [text for text in figure.axes[0].texts if text.get_text().replace("_", " ") in baselines]
+        boxes = [artist.get_window_extent() for artist in (*labels, *figure.legends)]
+        assert len(boxes) == 4
+        assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+        assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+
     def test_writes_results_where_there_is_no_matplotlib(self, symbols, tmp_path, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.warns(UserWarning, match="matplotlib is not installed: pip install"):
@@ -275,7 +292,7 @@ class TestErrors:
         other = tmp_path / "other"
         shutil.copytree(symbols, other)
         write_training(other, seed=1, lr=1.0)
-        assert "are not seeds of one recipe: they differ in lr" in fails(symbols, other, *RETRIEVAL, *lengths)
+        assert "are not seeds of one recipe: they differ in lr. " in fails(symbols, other, *RETRIEVAL, *lengths)
         (other / "training.json").write_text("{")
         assert re.search(r"training.json is damaged", fails(symbols, other, *RETRIEVAL, *lengths))
         assert not out.exists()

@@ -188,6 +188,12 @@ class TestRecipe:
             ({"workers": 3}, "workers is 3; it must be one of: 0, 1, 2, 4, 8"),
             ({"method": "memory", "distillation": {"source": "t"}}, "with the method memory it does not change"),
             ({"distillation": {"weight": 1}}, "distillation needs source"),
+            ({"distillation": {"source": "t", "batch_size": 0}}, "distillation.batch_size is 0"),
+            ({"background": {"segments": 0}}, "background.segments is 0; it must be at least 1"),
+            ({"background": {"segments": 2, "share": 1.5}}, "background.share is 1.5; it must be at most 1"),
+            ({"bptt_segments": 0}, "bptt_segments is 0; it must be at least 1"),
+            ({"weight_decay": -0.1}, "weight_decay is -0.1; it must be at least 0"),
+            ({"lr": "nan"}, "lr is nan; it must be at least 0"),
             ({"lora": 16}, "lora is 16; it must be a mapping with keys of: r"),
         ],
     )
@@ -668,6 +674,8 @@ class TestBadInput:
         assert "There is no task 'juggling'" in fails("--recipe", file, "--task", "juggling")
         assert "has no option size" in fails("--recipe", file, "--task-option", "size=2")
         assert "must be KEY=VALUE" in fails("--recipe", file, "--task-option", "size")
+        message = fails("--recipe", file, "--task-option", "pairs=many")
+        assert "The option pairs of the task 'associative_retrieval' is 'many'; it must be a whole number" in message
 
     def test_model_without_the_tokenizer_that_a_task_needs(self, fails, symbols, tmp_path):
         file = self.quick(tmp_path, model=symbols, task="passkey", stages=[{"segments": 9}])
@@ -689,6 +697,23 @@ class TestBadInput:
         assert "stage 1: A passkey sample without any filler has " in fails("--recipe", file)
         file = self.quick(tmp_path, model=words, task="babilong", task_options={"task": "qa1"}, stages=[{"length": 9}])
         assert "stage 1: 9 tokens are too few for qa1" in fails("--recipe", file)
+
+    def test_length_that_nothing_fills(self, fails, words, tmp_path):
+        stages = [{"length": 2000}]
+        file = self.quick(tmp_path, model=words, task="babilong", task_options={"task": "qa1"}, stages=stages)
+        assert "stage 1: Without a background there is nothing to fill 2,000 tokens" in fails("--recipe", file)
+
+    def test_distillation_on_more_than_a_segment(self, fails, words, texts, tmp_path):
+        distillation = {"source": str(texts), "tokens": 100_000}
+        changes = {"task": "text", "task_options": {"source": str(texts)}, "stages": [{"segments": 2}]}
+        file = self.quick(tmp_path, model=words, method="full", distillation=distillation, **changes)
+        assert "stage 1: distillation.tokens is 100000, but a segment has" in fails("--recipe", file)
+
+    def test_a_run_that_diverges(self, fails, symbols, tmp_path):
+        changes = {"lr": 1e30, "memory_lr": 1e30, "warmup_steps": 0, "max_grad_norm": 0}
+        message = fails("--recipe", self.quick(tmp_path, model=symbols, **changes))
+        assert re.search(r"the validation loss after step \d+ is (nan|inf): the run has diverged", message)
+        assert not (tmp_path / "out").exists()
 
     def test_broken_archive_and_broken_line(self, fails, words, tmp_path):
         (tmp_path / "novels.tar.xz").write_bytes(b"not an archive")

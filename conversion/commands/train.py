@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
     from rich.console import Console
 
+    from ..tasks import task_class
     from ..training.checkpointing import partial_folder
     from ..training.recipe import make_recipe, read_recipe
     from ..training.train import train
@@ -76,9 +77,9 @@ def run(args: argparse.Namespace) -> None:
     if not PartialState().is_main_process:
         return
     stage = summary["stages"][-1]
+    score = f"score {stage['score']:.3f}, " if task_class(recipe.task).exact else ""
     Console(stderr=True).print(
-        f"[bold]{recipe.out}[/] is ready after {summary['steps']} steps: validation score {stage['score']:.3f}, loss "
-        f"{stage['loss']:.4f}.",
+        f"[bold]{recipe.out}[/] is ready after {summary['steps']} steps: validation {score}loss {stage['loss']:.4f}.",
         soft_wrap=True,
     )
 

@@ -21,7 +21,8 @@ from .results import Results
 from .subject import Subject, check_fits, distinct_names, load_subject, read_training
 
 
-OWN_TO_A_SEED = ("seed", "out", "model")  # entries of a recipe
+# Entries of a recipe that seeds may differ in: their own, and those that change no number.
+OWN_TO_A_SEED = ("seed", "out", "model", "workers", "save_steps", "logging_steps", "report_to")
 
 
 def evaluate(

@@ -78,7 +78,7 @@ def score_by_length(results: dict[str, Any], runs: Sequence[Run]) -> "Figure | N
             places = [max(entry["tokens"], 1) for entry in entries]
             draw_line(axes, places, [entry["scores"][name] for entry in entries], name, number)
     ends = [max(entry["tokens"] for entry in run["lengths"]) for run in runs]
-    height = 0.0
+    height = -1.0
     for name, shares in sorted(baselines_by_length(runs).items(), key=lambda item: item[1][-1][1]):
         axes.plot(*zip(*shares, strict=True), ":", color=GRAY, lw=1.2, zorder=1)
         height = max(height + 0.035, shares[-1][1])  # labels keep off each other
@@ -90,7 +90,7 @@ def score_by_length(results: dict[str, Any], runs: Sequence[Run]) -> "Figure | N
     axes.minorticks_off()
     axes.set(ylim=(-0.02, 1.04), xlabel="length", ylabel="share of right answers")
     axes.set_xlim(min(ticks) / 1.15, max(ends) * 1.15)
-    add_legend(axes, names, runs)
+    add_legend(figure, names, runs)
     return titled(figure, results, "right answers by length, with 95% intervals")
 
 
@@ -187,7 +187,7 @@ def loss_by_segment(results: dict[str, Any], runs: Sequence[Run]) -> "Figure | N
         lower[column].xaxis.get_major_locator().set_params(integer=True)
     upper[0].set_ylabel("loss, nats a token")
     lower[0].set_ylabel("loss with memory minus that\nof the control, paired")
-    add_legend(upper[-1], [name for name in COLORS if name in names], runs, beside=1.03)
+    add_legend(figure, [name for name in COLORS if name in names], runs)
     return titled(figure, results, "loss by segment, with 95% intervals over documents")
 
 
@@ -239,8 +239,8 @@ def draw_line(
     )
 
 
-def add_legend(axes: "Axes", names: Sequence[str], runs: Sequence[Run], beside: float = 1.15) -> None:
-    """Colors of the controls and markers of the seeds, beside the panel."""
+def add_legend(figure: "Figure", names: Sequence[str], runs: Sequence[Run]) -> None:
+    """Colors of the controls and markers of the seeds, beside the panels and what is written at their borders."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=COLORS[name], lw=2.2 if name == MEMORY else 1.2, label=name) for name in names]
@@ -248,7 +248,7 @@ def add_legend(axes: "Axes", names: Sequence[str], runs: Sequence[Run], beside: 
         for number, run in enumerate(runs):
             marker = MARKERS[number % len(MARKERS)]
             handles.append(Line2D([], [], color=GRAY, marker=marker, ms=5, lw=0, label=seed_name(run)))
-    axes.legend(handles=handles, frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(beside, 0.5))
+    figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside right center")
 
 
 def seed_name(run: Run) -> str:

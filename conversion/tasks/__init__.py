@@ -2,7 +2,9 @@
 
 import importlib
 import inspect
-from typing import Any
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from .task import Task
 
@@ -16,6 +18,8 @@ TASKS = {
     "passkey": "passkey:Passkey",
     "text": "text:Text",
 }
+
+TYPES = {int: "a whole number", str: "a text", bool: "true or false", NoneType: "nothing"}
 
 
 def task_class(name: str) -> type[Task]:
@@ -41,7 +45,7 @@ def load_task(name: str, **options: Any) -> Task:
 
     Raises:
         ValueError: if there is no task of this name, or it has no such option, or needs another one; with those that
-            there are.
+            there are. Also for an option of another type.
     """
     task = task_class(name)
     parameters = inspect.signature(task).parameters
@@ -50,6 +54,12 @@ def load_task(name: str, **options: Any) -> Task:
     if unknown or missing:
         problem = f"has no option {', '.join(unknown)}" if unknown else f"needs {', '.join(missing)}"
         raise ValueError(f"The task {name!r} {problem}; its options are: {', '.join(parameters)}.")
+    hints = get_type_hints(task.__init__)
+    for option, value in options.items():
+        kinds = tuple(get_origin(kind) or kind for kind in get_args(hints[option]) or (hints[option],))
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            expected = " or ".join(TYPES.get(kind, kind.__name__) for kind in kinds if kind is not Path)
+            raise ValueError(f"The option {option} of the task {name!r} is {value!r}; it must be {expected}.")
     return task(**options)
 
 

@@ -71,7 +71,7 @@ class Babilong(Task):
 
     Samples also have `question`, `facts` (those before the question) and `gpt2_length` (their length in tokens of
     GPT-2, as BABILong states lengths). A sample has exactly the length that is asked for, in tokens of the model;
-    with length 0, or without a background, it has the facts alone.
+    with length 0, the only one without a background, it has the facts alone.
 
     Stories of the three sides share no facts with question, and their texts no book. With `babi`, the test side is
     the test file of en-10k, the validation side the training file of en, and training uses new stories for qa1 to
@@ -204,9 +204,10 @@ class Babilong(Task):
         Endless samples of `length` tokens; stories that do not fit are left out.
 
         Raises:
-            LengthError: if none fits.
+            LengthError: if none fits, or there is no background to fill the length with.
         """
         next(self.train_fitting(length, seed))  # fails here rather than in a data loader
+        self.check_background(length)
         return IterableDataset.from_generator(self.train_samples, gen_kwargs={"length": length, "seed": seed})
 
     def train_fitting(self, length: int, seed: int) -> Iterator[tuple[Story, Question]]:
@@ -237,7 +238,7 @@ class Babilong(Task):
         not fit are left out with a warning.
 
         Raises:
-            LengthError: if none fits.
+            LengthError: as for `train`.
         """
         return self.held_out_samples("test", length, count)
 
@@ -245,6 +246,7 @@ class Babilong(Task):
         items, fitting = self.held_out[side], self.fitting(side, length)
         if not fitting:
             raise self.too_short(*min(items, key=lambda item: self.shortest(*item)), length)
+        self.check_background(length)
         if len(fitting) < len(items):
             self.warn(
                 f"fit {side} {length}",
@@ -378,6 +380,13 @@ class Babilong(Task):
         return self.sentences[sentence]
 
     # Lengths
+
+    def check_background(self, length: int) -> None:
+        if length and self.background is None:
+            raise LengthError(
+                f"Without a background there is nothing to fill {length:,} tokens with: pass background, or the "
+                "length 0 for facts alone."
+            )
 
     def shortest(self, story: Story, question: Question) -> int:
         """Tokens of a sample without background."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..hub_names import may_be_on_hub
@@ -170,7 +171,8 @@ def build_cache(source: str | Path, tokenizer: PreTrainedTokenizerBase, folder: 
         prefix = sentence_prefix(tokenizer)
         lengths, books, characters = [], [], 0
         with (staging / "ids.raw").open("wb") as raw:
-            for name, text in read_books(source):
+            # Minutes for a library, and only the first time.
+            for name, text in tqdm(read_books(source), "tokenize background", unit="book", mininterval=1):
                 sentences = [prefix + sentence for sentence in split_sentences(text)]
                 first = len(lengths)
                 for start in range(0, len(sentences), BATCH):

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..tasks import Task, load_task, task_class
+from ..tasks import Task, task_class
 from ..tasks.background import Background
+from ..tasks.options import task_for
 from .batches import Draw, StageBatches, load_batches
 from .collating import collate
 from .recipe import Recipe
@@ -75,12 +76,9 @@ class StageData:
 
     def make_task(self, options: dict[str, Any]) -> Task:
         known = inspect.signature(task_class(self.recipe.task)).parameters
-        given = {}
-        if "tokenizer" in known:
-            given["tokenizer"] = self.needed_tokenizer()
         if "vary" in known:
-            given["vary"] = False  # a batch has one length, which is drawn here
-        return load_task(self.recipe.task, **given | options)
+            options = {"vary": False} | options  # a batch has one length, which is drawn here
+        return task_for(self.recipe.task, options, self.tokenizer)
 
     def lengths(self, number: int) -> list[int]:
         """In tokens, that samples of stage `number` may have, in ascending order."""
@@ -105,6 +103,11 @@ class StageData:
             )
         if self.plain is not None and self.recipe.distillation.batch_size % self.processes:
             raise ValueError(f"distillation.batch_size cannot be divided by {self.processes} processes.")
+        if self.plain is not None and (self.recipe.distillation.tokens or 0) > self.segment_sizes[number]:
+            raise ValueError(
+                f"distillation.tokens is {self.recipe.distillation.tokens}, but a segment has "
+                f"{self.segment_sizes[number]}: the untouched backbone has no memory of more."
+            )
         self.background_of(number)
         lengths = self.lengths(number)
         for length in {lengths[0], lengths[-1]}:

@@ -94,7 +94,7 @@ class Distillation:
         source: the text, as for the task `text`.
         weight: of the divergence, beside the task's loss.
         batch_size: texts a step, of all processes together.
-        tokens: of a text; None: as many as a segment of the last stage has.
+        tokens: of a text, at most a segment; None: as many as a segment of the stage has.
     """
 
     source: str
@@ -188,7 +188,15 @@ class Recipe:
                 )
         least = {"batch_size": 1, "gradient_accumulation": 1, "eval_steps": 1, "validation_samples": 1}
         least |= {"logging_steps": 1, "save_steps": 1, "warmup_steps": 0, "lr": 0, "memory_lr": 0, "seed": 0}
+        least |= {"weight_decay": 0, "max_grad_norm": 0, "lr_end": 0, "bptt_segments": 1}
         check_least(self, "", least)
+        check_least(self.lora, "lora.", {"r": 1})
+        if self.background is not None:
+            check_least(self.background, "background.", {"segments": 1, "share": 0})
+            if self.background.share > 1:
+                raise ValueError(f"background.share is {self.background.share}; it must be at most 1.")
+        if self.distillation is not None:
+            check_least(self.distillation, "distillation.", {"weight": 0, "batch_size": 1, "tokens": 2})
         if not self.stages:
             raise ValueError("stages is empty; a recipe needs at least one stage.")
         for number, stage in enumerate(self.stages, start=1):
@@ -199,6 +207,7 @@ class Recipe:
                 raise ValueError(f"{where}give one of segments, pairs and length, not {found}.")
             least = {"max_steps": 1, "at_least": 1, "segment_size": 1, "batch_size": 1, "gradient_accumulation": 1}
             least |= {"length": 0, "background_segments": 0, "segments": stage.at_least, "pairs": stage.at_least}
+            least |= {"lr_scale": 0}
             check_least(stage, where, least)
         if self.method == "memory" and self.distillation is not None:
             raise ValueError(
@@ -215,7 +224,7 @@ class Recipe:
 def check_least(values: Any, where: str, least: dict[str, float]) -> None:
     for name, bound in least.items():
         value = getattr(values, name)
-        if value is not None and value < bound:
+        if value is not None and not value >= bound:  # nor anything that is no number
             raise ValueError(f"{where}{name} is {value}; it must be at least {bound}.")
 
 

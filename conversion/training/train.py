@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -77,7 +78,11 @@ def train(recipe: Recipe, resume: bool = False, command: str | None = None) -> d
             trainer.restore(last[0])
         else:
             trainer.train(resume_from_checkpoint=None if last is None else str(last[0]))
+    except KeyboardInterrupt:
+        leave_progress_bar()
+        raise
     except Exception as error:
+        leave_progress_bar()
         if not remove_incomplete(folder):
             raise
         left = last_checkpoint(folder)
@@ -90,6 +95,11 @@ def train(recipe: Recipe, resume: bool = False, command: str | None = None) -> d
         save(out, trainer.model, tokenizer, recipe, summary, folder)
     processes.wait_for_everyone()
     return summary
+
+
+def leave_progress_bar() -> None:
+    """So that what is said about an error begins a line of its own."""
+    print(file=sys.stderr)
 
 
 def check_out(out: Path) -> None:

@@ -1,5 +1,6 @@
 """The stock Trainer, following a curriculum."""
 
+import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -136,6 +137,11 @@ class CurriculumTrainer(Trainer):
         self.model.eval()
         right, samples, loss, tokens = self.accelerator.reduce(totals(self.model, batches, self.data.exact)).tolist()
         loss /= tokens
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the validation loss after step {self.state.global_step} is {loss}: the run has diverged. Use lower "
+                "learning rates, or a longer warm-up."
+            )
         score = right / samples if self.data.exact else loss
         metrics = {f"{metric_key_prefix}_score": score, f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
