@@ -213,7 +213,7 @@ class TestCommand:
         boxes = [artist.get_window_extent() for artist in (*labels, *figure.legends)]
         assert len(boxes) == 4
         assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
-        assert all(0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
 
     def test_writes_results_where_there_is_no_matplotlib(self, symbols, tmp_path, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
