@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# The results on BABILong qa1 and on novels, step by step; each prints its numbers, and none is done twice.
+#
+#     WORK=evidence LIMIT=540 bash model_cards/evidence.sh backbone speed train:0
+#
+# WORK is a folder with novels.tar.xz and babi-v1.2.tar.xz; everything is written there. After LIMIT seconds what runs is
+# ended; the same command goes on from there (the training of the backbone starts again). Steps, in their order:
+#
+#     backbone         the backbone, for BACKBONE_MINUTES (default 4)
+#     speed            tokens a second at 1, 8 and 32 segments
+#     train:SEED       qa1 by its recipe: its stages are the gates
+#     evaluate:RUN     qa1 to 128k with all controls (RUN is a run of train, or uncorrected:0)
+#     long:RUN         qa1 to 1M, SAMPLES each (default 1000), with memory, off and swapped
+#     uncorrected:SEED, carried:SEED    the same recipe with correction off, and with states carried instead of A
+#     measure:SEED     what the carried states recall, to 128k
+#     novels, tokens   language modelling with memory, and with tokens carried
+#     losses           both on the test side
+set -euo pipefail
+HERE=$(cd "$(dirname "$0")" && pwd)
+PYTHON=${PYTHON:-python}
+armt() { limited "$PYTHON" -W ignore -m modeling_armt.conversion "$@"; }
+python() { limited "$PYTHON" -W ignore "$@"; }
+limited() {
+    local left=$((LIMIT - SECONDS))
+    ((left > 0)) || { echo "no time left" >&2; exit 75; }
+    timeout --kill-after 5 "$left" "$@"
+}
+LIMIT=${LIMIT:-36000}
+QA1=(--task babilong --task-option task=qa1 --task-option babi=babi-v1.2.tar.xz --task-option background=novels.tar.xz
+    --task-option cache=background-cache)
+TEXT=(--task-option source=novels.tar.xz)
+cd "${WORK:?name the folder of the data}"
+
+convert() { # NAME [OPTION...]
+    [ -d "$1" ] || armt convert backbone --out "$1" --num-mem-tokens 16 --d-mem 64 "${@:2}"
+}
+stages() { # RUN: the gates
+    "$PYTHON" - "$1" <<'END'
+import json, sys
+training = json.load(open(f"{sys.argv[1]}/training.json"))
+for stage in training["stages"]:
+    size = f"{stage['segments']} segments in novels" if stage["segments"] else "facts alone"
+    size += f" (of {stage['segment_size']} tokens)" if stage["segment_size"] else ""
+    print(f"{sys.argv[1]}: {size}: score {stage['score']:.3f} after {stage['steps']} steps, {stage['seconds']:.0f} s")
+print(f"{sys.argv[1]}: {training['tokens'] / 1e6:,.0f}M tokens, {training['tokens_per_s']:,.0f} tokens/s")
+END
+}
+
+for step in "$@"; do
+    name=${step%%:*} of=${step#*:}
+    began=$SECONDS
+    echo "== $step"
+    case $name in
+    backbone)
+        [ -d backbone ] || python "$HERE/backbone/make_backbone.py" --novels novels.tar.xz --babi babi-v1.2.tar.xz \
+            --cache background-cache --out backbone --minutes "${BACKBONE_MINUTES:-4}" ${BACKBONE_OPTIONS:-}
+        ;;
+    speed)
+        convert qa1-base-0 --segment-size 512
+        [ -f speed.json ] || python "$HERE/speed.py" --recipe "$HERE/babilong/qa1.yaml" --model qa1-base-0 --out speed.json
+        ;;
+    train)
+        convert "qa1-base-$of" --segment-size 512
+        [ -d "qa1-$of" ] || armt train "qa1-base-$of" --recipe "${RECIPE:-$HERE/babilong/qa1.yaml}" --seed "$of" \
+            --out "qa1-$of" --resume
+        stages "qa1-$of"
+        ;;
+    uncorrected)
+        convert "uncorrected-base-$of" --segment-size 512 --no-correction
+        [ -d "uncorrected-$of" ] || armt train "uncorrected-base-$of" --recipe "${RECIPE:-$HERE/babilong/qa1.yaml}" \
+            --seed "$of" --out "uncorrected-$of" --resume
+        stages "uncorrected-$of"
+        ;;
+    carried)
+        convert "qa1-base-$of" --segment-size 512
+        [ -d "carried-$of" ] || python "$HERE/carried.py" train --carry states --model "qa1-base-$of" --seed "$of" \
+            --recipe "${RECIPE:-$HERE/babilong/qa1.yaml}" --out "carried-$of" --resume
+        stages "carried-$of"
+        ;;
+    evaluate)
+        armt evaluate "$of" "${QA1[@]}" --lengths "${LENGTHS:-0k,1k,4k,8k,16k,32k,64k,128k}" \
+            --samples "${SAMPLES:-1000}" --compile --out "results-$of"
+        ;;
+    long)
+        armt evaluate "$of" "${QA1[@]}" --lengths "${LENGTHS:-500k,1M}" --samples "${SAMPLES:-1000}" \
+            --controls off swapped --compile --out "results-long-$of"
+        ;;
+    measure)
+        [ -d "results-carried-$of" ] || python "$HERE/carried.py" evaluate "carried-$of" "${QA1[@]}" \
+            --lengths "${LENGTHS:-0k,1k,4k,16k,64k,128k}" --samples "${SAMPLES:-1000}" --out "results-carried-$of"
+        ;;
+    novels)
+        convert novels-base --segment-size 128
+        [ -d novels ] || armt train --recipe "${TEXT_RECIPE:-$HERE/text/novels.yaml}" --out novels --resume
+        ;;
+    tokens)
+        convert novels-base --segment-size 128
+        [ -d tokens ] || python "$HERE/carried.py" train --carry tokens --out tokens --resume \
+            --recipe "${TEXT_RECIPE:-$HERE/text/novels.yaml}"
+        ;;
+    losses)
+        armt evaluate novels --task text "${TEXT[@]}" --lengths "${LENGTHS:-1024,2048}" ${SAMPLES:+--samples $SAMPLES} \
+            --out results-novels
+        python "$HERE/text/compare.py" novels tokens "${TEXT[@]}" --length 1024 ${SAMPLES:+--samples $SAMPLES} \
+            --out results-novels/compare.json
+        ;;
+    *)
+        echo "there is no step $step" >&2
+        exit 2
+        ;;
+    esac
+    echo "== $step: $((SECONDS - began)) s"
+done
