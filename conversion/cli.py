@@ -2,10 +2,24 @@
 
 import argparse
 import os
+import shlex
 import sys
 import warnings
 
-from .commands import card, convert, demo, evaluate, generate, import_, inspect, merge, publish, serve, train
+from .commands import (
+    COMMAND_LINE,
+    card,
+    convert,
+    demo,
+    evaluate,
+    generate,
+    import_,
+    inspect,
+    merge,
+    publish,
+    serve,
+    train,
+)
 
 
 VERBS = {
@@ -38,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command. Returns its exit code: 0, 1 for what the user can mend, 130 for an interrupt."""
     args = build_parser().parse_args(argv)
+    COMMAND_LINE.set(shlex.join(["armt", *(sys.argv[1:] if argv is None else argv)]))
     run = vars(args).pop("run")
     warnings.filterwarnings("ignore", category=FutureWarning)  # between libraries, not for the user of this command
     try:

@@ -1,9 +1,9 @@
 """`armt evaluate`."""
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
+
+from . import COMMAND_LINE
 
 
 HELP = "measure what checkpoints recall at which length, beside controls without their memory"
@@ -56,6 +56,6 @@ def run(args: argparse.Namespace) -> None:
         args.dtype,
         args.device,
         args.compile,
-        shlex.join(["armt", *sys.argv[1:]]),
+        COMMAND_LINE.get(),
     )
     print_report(results, args.out)

@@ -1,10 +1,10 @@
 """`armt train`."""
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
+
+from . import COMMAND_LINE
 
 
 HELP = "teach an ARMT checkpoint to remember, by a recipe"
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
         values["task_options"] = (values.get("task_options") or {}) | dict(map(key_and_value, args.task_option))
     change_stages(values, args.stages, args.steps, args.until)
     recipe = make_recipe(values, "the options" if file is None else str(file))
-    summary = train(recipe, resume=args.resume, command=shlex.join(["armt", *sys.argv[1:]]))
+    summary = train(recipe, resume=args.resume, command=COMMAND_LINE.get())
     if not PartialState().is_main_process:
         return
     stage = summary["stages"][-1]
