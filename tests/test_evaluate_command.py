@@ -21,7 +21,7 @@ from modeling_armt.conversion.demo import BACKBONE
 from modeling_armt.conversion.evaluation.controls import CONTROLS, MEMORY
 from modeling_armt.conversion.evaluation.evaluate import evaluate
 from modeling_armt.conversion.evaluation.plots import score_by_length
-from modeling_armt.conversion.evaluation.results import write_whole
+from modeling_armt.conversion.files import write_whole
 
 
 RETRIEVAL = ("--task", "associative_retrieval")

@@ -2,10 +2,11 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ..files import write_whole
 
 
 class Results:
@@ -105,16 +106,6 @@ class Results:
 
     def write(self) -> None:
         write_whole(self.path, json.dumps(finite(self.content), indent=1, allow_nan=False) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is the old or the new one at any time."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def finite(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ...modeling_armt import ARMTForCausalLM
 from ..checkpoints import armt_model, load_checkpoint
 from ..evaluation.subject import hash_weights
+from ..files import write_whole
 from .numbers import numbers
 from .record import Record, record
 
@@ -89,12 +89,7 @@ def inspect_text(
     found = record(model, ids, read)
     of = str(checkpoint).rstrip("/").rsplit("/")[-1]
     page = render(model, tokenizer, found, of, name, layers, hash_weights(checkpoint))
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        part.write_text(page, encoding="utf-8")
-        part.replace(out)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(out, page)
     return found
 
 

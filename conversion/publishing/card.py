@@ -7,6 +7,7 @@ from huggingface_hub import ModelCard
 from jinja2 import Environment, StrictUndefined, TemplateError
 
 from ...model_cards import TEMPLATE
+from ..files import write_whole
 from . import tables
 from .facts import Facts, describe_task, gather, title
 from .folders import inspect_folder
@@ -176,9 +177,4 @@ def write_card(card: str, path: Path) -> None:
         raise CardError(f"{path} is a folder. Name the file to write, such as {path / 'README.md'}.")
     if not path.absolute().parent.is_dir():
         raise CardError(f"there is no folder {path.parent} to write the card in.")
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(card, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, card)
