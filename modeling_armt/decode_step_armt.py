@@ -180,7 +180,8 @@ class DecodeStep:
                 for buffer, tensor in zip(buffers, known, strict=True):
                     buffer.copy_(tensor)
             if self.last_hidden is None:
-                self.last_hidden = torch.empty_like(cache.last_hidden)
+                # Not `empty_like`: a single row of something longer keeps its stride, which is compiled in.
+                self.last_hidden = cache.last_hidden.new_empty(cache.last_hidden.shape)
             self.last_hidden.copy_(cache.last_hidden)
             self.position.copy_(torch.tensor(cache.opened))
             self.written.copy_(torch.tensor(cache.segments) > 0)

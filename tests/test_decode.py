@@ -15,6 +15,7 @@ from families import FAMILIES, PAD, SEGMENT_SIZE, VOCABULARY, add_memory, random
 from helpers import cache_contents, difference, pad_left
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch._dynamo.testing import CompileCounter
 
 from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt, decode_step_armt, replay_armt
 from modeling_armt.replay_armt import Replay
@@ -613,6 +614,17 @@ def test_the_compiled_step_is_the_forward_of_a_token(name: str, rows: int, toler
     assert fast.fast.decode.prepare_seconds > 0
     assert difference(found, expected) <= tolerance
     check_same_memory(other, cache, tolerance)
+
+
+def test_a_batch_size_is_compiled_once_whatever_was_read_before(fast, monkeypatch):
+    compiler, compile_with = CompileCounter(), torch.compile
+    monkeypatch.setattr(decode_armt, "COMPILES", True)
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile_with(f, backend=compiler, dynamic=dynamic))
+    for rows, length in ((1, 5), (1, 7), (2, 5), (1, 2 * SEGMENT_SIZE + 3), (2, 9), (1, SEGMENT_SIZE - 1)):
+        cache = fast(random_ids(rows, length)).past_key_values
+        decode(fast, cache, random_ids(rows, 3))
+        assert is_fast(cache, fast)
+    assert compiler.frame_count == 2
 
 
 def test_a_step_that_cannot_be_compiled_runs_as_it_is(slow, fast, monkeypatch):

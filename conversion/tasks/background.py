@@ -10,6 +10,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -178,10 +179,9 @@ def build_cache(source: str | Path, tokenizer: PreTrainedTokenizerBase, folder: 
                 for start in range(0, len(sentences), BATCH):
                     batch = sentences[start : start + BATCH]
                     # No warning about inputs longer than the model's: they are not inputs.
-                    for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                        if ids:
-                            lengths.append(len(ids))
-                            np.asarray(ids, dtype).tofile(raw)
+                    encoded = tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+                    lengths += [len(ids) for ids in encoded if ids]
+                    np.fromiter(chain.from_iterable(encoded), dtype).tofile(raw)
                 characters += sum(len(sentence) + (not prefix) for sentence in sentences)
                 if len(lengths) > first:
                     books.append((name, first, len(lengths)))
