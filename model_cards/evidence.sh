@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The results on BABILong qa1 and on novels, step by step; each prints its numbers, and none is done twice.
+# All results, step by step; each prints its numbers, and none is done twice.
 #
 #     WORK=evidence LIMIT=540 bash model_cards/evidence.sh backbone speed train:0
 #
@@ -15,6 +15,10 @@
 #     measure:SEED     what the carried states recall, to 128k
 #     novels, tokens   language modelling with memory, and with tokens carried
 #     losses           both on the test side
+#     remember:SEED, rewrite:SEED           associative retrieval
+#     remember-off:SEED, rewrite-off:SEED   with correction off
+#     pairs:NAME       what all seeds of NAME, one of these four, recall
+#     health:RUN       the memories of qa1-SEED over 20,000 segments, of rewrite-SEED over 100,000
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
 PYTHON=${PYTHON:-python}
@@ -41,6 +45,8 @@ training = json.load(open(f"{sys.argv[1]}/training.json"))
 for stage in training["stages"]:
     size = f"{stage['segments']} segments in novels" if stage["segments"] else "facts alone"
     size += f" (of {stage['segment_size']} tokens)" if stage["segment_size"] else ""
+    if stage["pairs"]:
+        size = f"{stage['pairs']} pairs, {stage['task_options']}"
     print(f"{sys.argv[1]}: {size}: score {stage['score']:.3f} after {stage['steps']} steps, {stage['seconds']:.0f} s")
 print(f"{sys.argv[1]}: {training['tokens'] / 1e6:,.0f}M tokens, {training['tokens_per_s']:,.0f} tokens/s")
 END
@@ -103,6 +109,30 @@ for step in "$@"; do
             --out results-novels
         python "$HERE/text/compare.py" novels tokens "${TEXT[@]}" --length 1024 ${SAMPLES:+--samples $SAMPLES} \
             --out results-novels/compare.json
+        ;;
+    remember | rewrite | remember-off | rewrite-off)
+        kind=${name%-off}
+        [ -d "$name-base-$of" ] || python "$HERE/associative_retrieval/make_backbone.py" --out "$name-base-$of" \
+            --seed "$of" --key-size "$([ $kind = remember ] && echo 3 || echo 1)" \
+            $([ $kind = $name ] || echo --no-correction)
+        [ -d "$name-$of" ] || armt train "$name-base-$of" --recipe "$HERE/associative_retrieval/$kind.yaml" \
+            --seed "$of" --out "$name-$of" --resume
+        stages "$name-$of"
+        ;;
+    pairs)
+        case $of in
+        remember*) retrieval=(--task-option key_size=3 --lengths "${LENGTHS:-10p,20p,50p,100p,200p,400p}") ;;
+        *) retrieval=(--task-option rewrite=true --lengths "${LENGTHS:-10p,20p,50p,100p,200p,500p,1kp,2kp,5kp,10kp}") ;;
+        esac
+        armt evaluate "$of"-[0-9] --task associative_retrieval "${retrieval[@]}" --samples "${SAMPLES:-1000}" \
+            ${CONTROLS:+--controls $CONTROLS} ${COMPILE:+--compile} --out "${OUT_PAIRS:-results-$of}"
+        ;;
+    health)
+        case $of in
+        rewrite*) retrieval=(--task associative_retrieval --segments 100000) ;;
+        *) retrieval=("${QA1[@]}" --segments 20000 --compile) ;;
+        esac
+        [ -d "health-$of" ] || python "$HERE/health.py" "$of" "${retrieval[@]}" --out "health-$of"
         ;;
     *)
         echo "there is no step $step" >&2

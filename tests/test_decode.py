@@ -619,7 +619,9 @@ def test_the_compiled_step_is_the_forward_of_a_token(name: str, rows: int, toler
 def test_a_batch_size_is_compiled_once_whatever_was_read_before(fast, monkeypatch):
     compiler, compile_with = CompileCounter(), torch.compile
     monkeypatch.setattr(decode_armt, "COMPILES", True)
-    monkeypatch.setattr(torch, "compile", lambda f, dynamic, options: compile_with(f, backend=compiler, dynamic=dynamic))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, dynamic, options: compile_with(f, backend=compiler, dynamic=dynamic)
+    )
     for rows, length in ((1, 5), (1, 7), (2, 5), (1, 2 * SEGMENT_SIZE + 3), (2, 9), (1, SEGMENT_SIZE - 1)):
         cache = fast(random_ids(rows, length)).past_key_values
         decode(fast, cache, random_ids(rows, 3))

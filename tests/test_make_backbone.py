@@ -88,7 +88,6 @@ def seen(script, arguments) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "train_tokenizer", record_texts)
         patch.setattr(script.Windows, "__call__", record_windows)
-        patch.setattr(script.os, "cpu_count", lambda: 1)
         recorded["facts"] = script.make_backbone(arguments, "the command")
     recorded["task"] = Babilong(
         "qa1", AutoTokenizer.from_pretrained(arguments.out), arguments.babi, arguments.novels, arguments.cache
@@ -147,13 +146,14 @@ class TestWindows:
                     return
         pytest.fail("no story was written as the task writes it")
 
-    def test_stories_are_in_a_row(self, script, seen, monkeypatch):
-        monkeypatch.setattr(script, "STORIES_A_JOB", 20)
-        made = script.make_stories(seen["task"], 50, 0, 1)
-        ids, answers, starts = script.write_stories(seen["task"], 10, 0, 2)  # the last job
-        assert len(made["starts"]) == 50
-        assert made["ids"][-len(ids) :].tolist() == ids.tolist() and made["starts"][-10] == len(made["ids"]) - len(ids)
-        assert made["answers"][-len(ids) :].tolist() == answers.tolist()
+    def test_stories_are_in_a_row(self, script, seen):
+        """A story more is added at the end."""
+        fewer, more = (script.make_stories(seen["task"], count, 0) for count in (20, 21))
+        end = more["starts"][-1]
+        assert len(fewer["starts"]) == 20 and end == len(fewer["ids"])
+        assert torch.equal(more["starts"][:-1], fewer["starts"])
+        for name in ("ids", "answers"):
+            assert torch.equal(more[name][:end], fewer[name])
 
 
 class TestFolder:

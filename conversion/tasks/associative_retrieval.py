@@ -107,6 +107,11 @@ class AssociativeRetrieval(Task):
     def test(self, length: int, count: int) -> IterableDataset:
         return self._evaluation("test", length, count)
 
+    def text(self, rows: int, pairs: int, rng: np.random.Generator, keys: int | None = None) -> np.ndarray:
+        """`(rows, pairs * segment_size)` pairs without a question; `keys`: of so many keys, by default of all."""
+        drawn = rng.integers(keys or self.keys, size=(rows, pairs))
+        return self._padded_pairs(drawn, rng.integers(self.symbols, size=(rows, pairs, self.value_size)))
+
     def _evaluation(self, side: str, length: int, count: int) -> IterableDataset:
         return finite(partial(self._first, self.pairs_in(length), side, count))
 
@@ -152,10 +157,8 @@ class AssociativeRetrieval(Task):
         asked = keys[each, rng.integers(counts)]
         same = (keys == asked[:, None]) & (np.arange(pairs) < counts[:, None])
         told = pairs - 1 - same[:, ::-1].argmax(1)
-        body = np.full((rows, pairs, self.segment_size), self.pad_token_id, dtype=np.int16)
-        body[..., : self.pair_size] = self._pairs(keys, self.sep_token_id, values)
         query = self._pairs(asked, self.gen_token_id, values[each, told])
-        return body.reshape(rows, -1), query, told
+        return self._padded_pairs(keys, values), query, told
 
     def _draw_keys(self, rng: np.random.Generator, rows: int, pairs: int) -> np.ndarray:
         if self.rewrite:
@@ -165,6 +168,11 @@ class AssociativeRetrieval(Task):
             chosen = np.argpartition(order, pairs - 1, axis=1)[:, :pairs]
             return np.take_along_axis(chosen, rng.random((rows, pairs)).argsort(1), 1)
         return order.argsort(1)
+
+    def _padded_pairs(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+        body = np.full((*keys.shape, self.segment_size), self.pad_token_id, dtype=np.int16)
+        body[..., : self.pair_size] = self._pairs(keys, self.sep_token_id, values)
+        return body.reshape(len(keys), -1)
 
     def _pairs(self, keys: np.ndarray, separator: int, values: np.ndarray) -> np.ndarray:
         """`(..., pair_size)` tokens of `(...)` keys and `(..., value_size)` values."""

@@ -10,8 +10,6 @@ folder: bf16 weights, tokenizer, training.json, README.md.
 
 import argparse
 import datetime
-import multiprocessing
-import os
 import platform
 import shlex
 import sys
@@ -25,6 +23,7 @@ import safetensors
 import tokenizers
 import torch
 import transformers
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_armt.conversion.convert import staged_folder
@@ -49,7 +48,6 @@ MAX_PARAMETERS = 12_000_000
 SIZES = {"vocab": 4096, "hidden": 384, "layers": 6, "heads": 6, "kv_heads": 6, "intermediate": 960, "context": 1024}
 NOISE = (0, 0, 8, 32, 96)  # mean tokens of novels before each sentence of a story; a story has one of these
 TOKENIZER_STORIES = 20_000  # so that the stories' words are tokens
-STORIES_A_JOB = 1000
 README = """---
 license: apache-2.0
 language: en
@@ -148,40 +146,16 @@ def write_story(task: Babilong, story: Story, rng: np.random.Generator) -> tuple
     return np.concatenate(ids).astype(np.uint16), np.concatenate(answers)
 
 
-def write_stories(task: Babilong, count: int, seed: int, job: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def make_stories(task: Babilong, count: int, seed: int) -> dict[str, torch.Tensor]:
     """Ids of `count` stories in a row, which of them are answers, and where each story begins."""
-    rng = np.random.default_rng([seed, 1, job])
+    rng = np.random.default_rng([seed, 1])
     stories = generate_stories(task.task, rng)
     written = islice(filter(None, (write_story(task, story, rng) for story in stories)), count)
-    ids, answers = zip(*written, strict=True)
+    ids, answers = zip(*tqdm(written, "write stories", count, unit="story", mininterval=2), strict=True)
     starts = np.cumsum([0, *map(len, ids)])[:-1]
-    return np.concatenate(ids), np.concatenate(answers), starts
-
-
-def share_task(task: Babilong) -> None:
-    """At the start of a process: what all of its jobs read, which it makes once."""
-    global shared_task
-    shared_task = task
-
-
-def write_shared(*job: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return write_stories(shared_task, *job)
-
-
-def make_stories(task: Babilong, count: int, seed: int, processes: int) -> dict[str, torch.Tensor]:
-    """[`write_stories`] by several processes; the result does not depend on their number."""
-    jobs = [(min(STORIES_A_JOB, count - first), seed, job)
-            for job, first in enumerate(range(0, count, STORIES_A_JOB))]  # fmt: skip
-    if processes > 1:
-        with multiprocessing.get_context("spawn").Pool(processes, share_task, [task]) as pool:
-            parts = pool.starmap(write_shared, jobs, chunksize=1)
-    else:
-        parts = [write_stories(task, *job) for job in jobs]
-    before = np.cumsum([0, *(len(ids) for ids, _, _ in parts)])
-    starts = np.concatenate([starts + first for (_, _, starts), first in zip(parts, before, strict=False)])
     return {
-        "ids": torch.from_numpy(np.concatenate([ids for ids, _, _ in parts])),
-        "answers": torch.from_numpy(np.concatenate([answers for _, answers, _ in parts])),
+        "ids": torch.from_numpy(np.concatenate(ids)),
+        "answers": torch.from_numpy(np.concatenate(answers)),
         "starts": torch.from_numpy(starts),
     }
 
@@ -267,7 +241,7 @@ def make_backbone(args: argparse.Namespace, command: str) -> dict:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         task = Babilong(args.task, tokenizer, args.babi, args.novels, args.cache or own_cache)
         novels = [side_tokens(task, "train"), pack(tokenizer, training)]
-        made = make_stories(task, args.stories, args.seed, os.cpu_count() or 1)
+        made = make_stories(task, args.stories, args.seed)
         facts = train_for(model, args.minutes, Windows(novels, made, args), args.lr, args.warmup, not args.no_compile)
         model.to(torch.bfloat16).save_pretrained(folder)
         saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(args.device)
