@@ -116,6 +116,9 @@ def plot_lengths(folder: Path, out: Path) -> Path | None:
     figure.subplots_adjust(left=0.06, right=0.88, wspace=0.42, bottom=0.13, top=0.86)
     names = ["ours", "full-attention", "gated-deltanet"]
     rows = content["rows"]
+    measured = {row["name"] for row in rows}
+    others = load(folder, "prefill-alternatives") or {"rows": []}
+    rows = rows + [row for row in others["rows"] if row["name"] not in measured]
     draw_curves(left, rows, "median_s", names)
     floor = sorted({(row["tokens"], row["floor_s"]) for row in rows if "floor_s" in row and row["name"] == "ours"})
     if floor:
@@ -124,7 +127,7 @@ def plot_lengths(folder: Path, out: Path) -> Path | None:
         left.annotate(
             "arithmetic floor", floor[0], xytext=(6, -11), textcoords="offset points", color="#777777", fontsize=9
         )
-    draw_curves(right, (memory or content)["rows"] + (rows if memory else []), "peak_gib", names)
+    draw_curves(right, rows + (memory["rows"] if memory else []), "peak_gib", names)
     left.set(title="Time to read a text", xlabel="tokens", ylabel="seconds")
     right.set(title="Peak memory", xlabel="tokens", ylabel="GiB, weights included")
     figure.suptitle(hardware(content), fontsize=11, color="#333333", y=0.985)
@@ -147,7 +150,7 @@ def plot_bars(content: dict[str, Any] | None, title: str, group: str, note: str,
         )
         notes = [f"{row['tokens_per_s']:,.0f}   {note.format(**row)}" for row in shown]
         axes.bar_label(bars, notes, padding=4, fontsize=9)
-        axes.margins(x=0.7)
+        axes.margins(x=0.85)
         axes.set(title=f"{group} {value}" if not isinstance(value, bool) else f"{group} {'on' if value else 'off'}")
         axes.set_xlabel("tokens per second")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count:,.0f}"))
