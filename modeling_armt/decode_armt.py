@@ -28,6 +28,8 @@ logger = logging.get_logger(__name__)
 # Where it is worth while. On a CPU the step as it is wins nothing; compiled, 10 to 30 percent of a small model's time.
 DEVICES = {"cuda"}
 COMPILES = True
+# Where the host has time while a token is read.
+READS_AHEAD = {"cuda"}
 
 
 def decode(
@@ -77,6 +79,27 @@ def decode(
         return fast.decode.read(input_ids, real, cache)
 
 
+def read_ahead(model: "ARMTPreTrainedModel", input_ids: torch.LongTensor, cache: ARMTCache) -> None:
+    """[`FixedShapes.begin`], if this conversation is decoded at fixed shapes."""
+    if isinstance(model.fast.decode, FixedShapes) and cache.lent_to is model.fast.decode:
+        model.fast.decode.begin(input_ids, cache)
+
+
+def undo_ahead(model: "ARMTPreTrainedModel") -> None:
+    """[`FixedShapes.undo`]"""
+    if isinstance(model.fast.decode, FixedShapes):
+        model.fast.decode.undo()
+
+
+def _version(ids: torch.Tensor) -> int | None:
+    return None if ids.is_inference() else ids._version
+
+
+def _is_same(ids: torch.Tensor, before: torch.Tensor, version: int | None) -> bool:
+    """Whether ids are those that `before` was, by where they lie: comparing values would wait for the device."""
+    return ids.data_ptr() == before.data_ptr() and ids.shape == before.shape and _version(ids) == version
+
+
 _PREPARING = object()
 
 
@@ -88,14 +111,15 @@ class FixedShapes:
         reason: why this model cannot decode at fixed shapes; None if it can.
         step: the [`DecodeStep`]; None if it cannot.
         prepare_seconds: what preparation, compilation and capture took so far.
+        begun: the ids of the column that was read ahead, and their version; None if there is none.
     """
 
     def __init__(self, model: "ARMTPreTrainedModel"):
         start = time.perf_counter()
         self.lock = model.fast.lock
         self.seen = _Fingerprint(model)
-        self.owner, self.stream = (lambda: None), None
-        self.all_real = True
+        self.owner, self.stream, self.side = (lambda: None), None, None
+        self.all_real, self.begun = True, None
         self.step, self.reason = None, "it wins nothing on this device"
         if model.get_input_embeddings().weight.device.type not in DEVICES:
             self._seconds = 0.0
@@ -118,6 +142,7 @@ class FixedShapes:
         """Whether the model still is the one that was prepared. Weights that have moved are found here."""
         change = self.seen.change()
         if change == "moved" and self.step is not None:
+            self.undo()
             self.step.recapture()
         return change != "changed"
 
@@ -148,20 +173,24 @@ class FixedShapes:
             if cache.last_hidden is None:  # nothing but padding so far
                 return None
             self.give_back()
+            self.begun = None  # of a cache that is gone
             if step.batch_size != len(input_ids):
                 step.resize(len(input_ids))
             step.load(cache)
             cache.lend(self)
             self.owner = weakref.ref(cache)
-        step.ids.copy_(input_ids)
-        if real is None or all(real):
-            if not self.all_real:
-                step.real.fill_(True)
-            self.all_real, real = True, None
+        real = None if real is None or all(real) else real
+        if real is None and self.begun is not None and _is_same(input_ids, *self.begun):
+            self.begun = None
         else:
-            step.real.copy_(torch.tensor(real))
-            self.all_real = False
-        step.step()
+            self.undo()
+            step.ids.copy_(input_ids)
+            if real is not None:
+                step.real.copy_(torch.tensor(real))
+            elif not self.all_real:
+                step.real.fill_(True)
+            self.all_real = real is None
+            step.step()
         self._count(cache, real)
         return step.logits.clone()  # the next step overwrites them
 
@@ -182,6 +211,43 @@ class FixedShapes:
             counts["opened"] = [0 if n == size else n for n in cache.opened]
             counts["segments"] = [n + (row in full) for row, n in enumerate(cache.segments)]
 
+    def begin(self, input_ids: torch.LongTensor, cache: ARMTCache) -> None:
+        """
+        Reads the column that comes next before anybody asks for it, on a stream of its own, so that the host's work
+        between two tokens costs the device nothing. The next call with these ids finds it done; whatever else happens
+        undoes it.
+
+        Args:
+            input_ids: `(B, 1)`, real in all rows.
+        """
+        with self.lock:
+            known = self.owner() is cache and cache.lent_to is self and self.begun is None and self.all_real
+            if known and self.step.device.type in READS_AHEAD and self.step.is_ready:
+                self.begun = input_ids, _version(input_ids)
+                with self._beside(), self._on_device():
+                    self.step.save()
+                    self.step.ids.copy_(input_ids)
+                    self.step.step()
+
+    def undo(self) -> None:
+        """Takes back what was read ahead."""
+        with self.lock:
+            begun, self.begun = self.begun, None  # the ids stay until the device is done with them
+            if begun is not None:
+                with self._on_device():
+                    self.step.restore()
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        device = self.step.device
+        if device.type != "cuda":
+            yield
+            return
+        if self.side is None:
+            self.side = torch.cuda.Stream(device)
+        with torch.cuda.stream(self.side):
+            yield
+
     def __del__(self):
         if getattr(self, "step", None) is not None:
             self.step.clear()
@@ -191,6 +257,7 @@ class FixedShapes:
         with self.lock:
             owner = self.owner()
             if owner is not None and owner.lent_to is self and cache in (None, owner):
+                self.undo()
                 with self._on_device():
                     owner.receive(self.step.unload(owner.opened, owner.segments))
                 self.owner = lambda: None

@@ -152,6 +152,11 @@ class DecodeStep:
         """Whether steps are replays of a CUDA graph by now."""
         return self._step.graph is not None
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether a step takes the host no time, as far as it can be."""
+        return self.is_captured or not self.captures
+
     def clear(self) -> None:
         """The end: lets go of weights and buffers, which compiled code, referring to itself, would keep a while."""
         self.__dict__.clear()
@@ -182,6 +187,7 @@ class DecodeStep:
             if self.last_hidden is None:
                 # Not `empty_like`: a single row of something longer keeps its stride, which is compiled in.
                 self.last_hidden = cache.last_hidden.new_empty(cache.last_hidden.shape)
+                self._saved = torch.empty_like(self.last_hidden), torch.empty_like(self.of_all_layers.reads)
             self.last_hidden.copy_(cache.last_hidden)
             self.position.copy_(torch.tensor(cache.opened))
             self.written.copy_(torch.tensor(cache.segments) > 0)
@@ -262,6 +268,19 @@ class DecodeStep:
         """The statistics of all layers at once: more kernels in every layer would be more than they are worth."""
         seen = torch.stack([self._seen[index] for index in self.states])
         self.of_all_layers.reads.copy_(self.of_all_layers.after_read(seen, ~(self.real & self.written)[:, None]).reads)
+
+    def save(self) -> None:
+        """Keeps what the next step overwrites, for [`restore`]."""
+        hidden, reads = self._saved
+        hidden.copy_(self.last_hidden)
+        reads.copy_(self.of_all_layers.reads)
+
+    def restore(self) -> None:
+        """Takes back the one step since [`save`]. Its keys and values stay, where nothing looks."""
+        hidden, reads = self._saved
+        self.last_hidden.copy_(hidden)
+        self.of_all_layers.reads.copy_(reads)
+        self.position.add_(self.real, alpha=-1)
 
     # The end of a segment
 

@@ -1,12 +1,15 @@
 """The stock `generate` on top of a recurrent memory: which modes work, and what a finished row must not do."""
 
+from collections.abc import Callable
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 from transformers import GenerationMixin, StoppingCriteriaList
 from transformers.generation import GenerationMode
 
 from .cache_armt import ARMTCache
+from .decode_armt import read_ahead, undo_ahead
 
 
 class FinishedRows(StoppingCriteriaList):
@@ -14,19 +17,25 @@ class FinishedRows(StoppingCriteriaList):
     Stopping criteria that remember which rows they have stopped. `generate` goes on appending padding to these rows
     and marks it as real input; it must not reach their memory. The token that stopped a row is still the row's own.
 
+    They see every new token before `generate` waits for the device, which is the time to begin reading it.
+
     Attributes:
         started: whether a token was generated.
         padded: `(B,)` bool, the rows whose newest column is padding; None before the second token.
+        read_next: called with `(B, 1)`, the newest column, if it is going to be read; None where it must not.
     """
 
     started = False
     padded: torch.Tensor | None = None
+    read_next: Callable[[torch.LongTensor], None] | None = None
     _stopped: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         done = super().__call__(input_ids, scores, **kwargs)
         self.started, self.padded = True, self._stopped
         self._stopped = done if self._stopped is None else self._stopped | done
+        if self.read_next is not None and input_ids.shape[1] != self.max_length:
+            self.read_next(input_ids[:, -1:])
         return done
 
 
@@ -92,6 +101,7 @@ class ARMTGenerationMixin(GenerationMixin):
         try:
             return super().generate(*args, **kwargs)
         finally:
+            undo_ahead(self)
             _finished_rows.reset(token)
 
     def _get_stopping_criteria(self, generation_config, *args, **kwargs):
@@ -113,6 +123,8 @@ class ARMTGenerationMixin(GenerationMixin):
             some = padded is not None and len(padded) > 1 and bool(padded.any())
             attention_mask = ~padded[:, None] if some else None
             if self.fast.enabled and kwargs.get("next_sequence_length") == 1:
+                # Rows that end now are seen too late: then what was begun is undone.
+                finished.read_next = None if some else partial(read_ahead, self, cache=past_key_values)
                 known = {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values}
                 rest = {n: v for n, v in kwargs.items() if n not in ("next_sequence_length", "is_first_iteration")}
                 return {**rest, **known, "attention_mask": attention_mask}

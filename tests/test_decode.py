@@ -43,6 +43,7 @@ SLOW = {
 def plain_steps_on_the_cpu(monkeypatch):
     """Decode at fixed shapes on a CPU too, without waiting for a compiler."""
     monkeypatch.setattr(decode_armt, "DEVICES", {"cpu"})
+    monkeypatch.setattr(decode_armt, "READS_AHEAD", {"cpu"})
     monkeypatch.setattr(decode_armt, "COMPILES", False)
     with torch.no_grad():
         yield
@@ -215,6 +216,89 @@ def test_every_new_token_but_the_first_is_a_step(fast, monkeypatch):
     monkeypatch.setattr(decode_step_armt.DecodeStep, "step", lambda step: (steps.append(step.batch_size), run(step)))
     generate(fast, random_ids(3, 5))
     assert steps.count(3) == STEPS - 1
+
+
+# Reading ahead
+
+
+def begin(model: ARMTForCausalLM, cache: ARMTCache, ids: torch.Tensor) -> None:
+    model.fast.decode.begin(ids, cache)
+    assert model.fast.decode.begun is not None
+
+
+def test_generate_begins_every_token_before_it_is_asked_for(fast, monkeypatch):
+    events = []
+    for name in ("begin", "undo"):
+        run = getattr(decode_armt.FixedShapes, name)
+        monkeypatch.setattr(
+            decode_armt.FixedShapes, name, lambda self, *a, name=name, run=run: (events.append(name), run(self, *a))
+        )
+    output = generate(fast, random_ids(1, 5), return_dict_in_generate=True)
+    assert events.count("begin") == STEPS - 2  # the second is the first of one column, the last is not read
+    assert fast.fast.decode.begun is None and output.past_key_values.tokens == [5 + STEPS - 1]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_token_read_ahead_is_a_token_read(slow, fast, rows: int):
+    """Over segment borders, with everything that the cache knows of its memories."""
+    expected, cache = (read(model, *range(5, 5 + rows)) for model in (slow, fast))
+    for tokens in random_ids(rows, STEPS).split(1, dim=1):
+        logits = slow(tokens, past_key_values=expected).logits
+        if is_fast(cache, fast):
+            begin(fast, cache, tokens)
+        assert difference(fast(tokens, past_key_values=cache).logits, logits) <= 1e-9
+        assert fast.fast.decode.begun is None
+    check_same_memory(cache, expected)
+
+
+CHANGES_OF_MIND = {
+    "other tokens": lambda ids: random_ids(2, 1, seed=9),
+    "a row that is padding": lambda ids: ids,
+    "the tokens changed in place": lambda ids: ids.copy_(random_ids(2, 1, seed=9)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_MIND)
+@pytest.mark.parametrize("before", [3, SEGMENT_SIZE - 2])  # tokens in the open segment, the next one fills it
+def test_what_was_read_ahead_is_undone_when_something_else_comes(slow, fast, change: str, before: int):
+    cache, ids = read(slow, before, before), random_ids(2, 2)
+    real = torch.tensor([[True], [change != "a row that is padding"]])
+    expected = copy.deepcopy(cache)
+    decode(slow, expected, ids[:, :1])
+    decode(fast, cache, ids[:, :1])
+    begun = ids[:, 1:].clone()
+    begin(fast, cache, begun)
+    tokens = CHANGES_OF_MIND[change](begun)
+    found = decode(fast, cache, tokens, real)
+    assert difference(found, decode(slow, expected, tokens, real)) <= 1e-9
+    assert is_fast(cache, fast)
+    check_same_memory(cache, expected)
+
+
+def test_what_was_read_ahead_is_unknown_to_whoever_asks_the_cache(slow, fast):
+    cache, ids = read(slow, SEGMENT_SIZE + 3, 2), random_ids(2, 2)
+    expected = copy.deepcopy(cache)
+    decode(slow, expected, ids[:, :1])
+    decode(fast, cache, ids[:, :1])
+    begin(fast, cache, ids[:, 1:])
+    check_same_memory(cache.fork(), expected.fork())
+    check_same_memory(cache, expected)
+
+
+def test_another_conversation_does_not_see_what_was_begun(slow, fast):
+    one, other, ids = read(slow, 5), read(slow, 7), random_ids(1, 3)
+    expected = decode(slow, other.fork(), ids)
+    decode(fast, one, ids[:, :1])
+    begin(fast, one, ids[:, 1:2])
+    assert difference(decode(fast, other, ids), expected) <= 1e-9
+
+
+def test_an_answer_that_ends_leaves_no_token_too_many(slow, fast):
+    """The token after the last is begun, since the end is not known yet."""
+    options = {"eos_token_id": list(range(10, 40)), "return_dict_in_generate": True}
+    found, expected = (generate(model, random_ids(1, 5), **options) for model in (fast, slow))
+    assert found.sequences.tolist() == expected.sequences.tolist() and found.sequences.shape[1] < 5 + STEPS
+    check_same_memory(found.past_key_values, expected.past_key_values)
 
 
 def test_logits_of_earlier_steps_stay_what_they_were(slow, fast):

@@ -7,7 +7,7 @@ import torch
 from helpers import enable_checkpointing
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from modeling_armt import ARMTCache, ARMTForCausalLM, groups_armt
+from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt, groups_armt
 
 
 pytestmark = [
@@ -179,6 +179,32 @@ def test_generate_streams_without_end_in_constant_memory_when_captured(backbone_
         peaks.append(torch.cuda.max_memory_allocated())
         assert output.past_key_values.lent_to is model.fast.decode
     assert peaks[2] <= 1.01 * peaks[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+def test_reading_ahead_changes_nothing(backbone_config, rows: int, monkeypatch):
+    """Over segment borders, and at an end that is not known before; then the conversation goes on."""
+    model = make_model(backbone_config, torch.bfloat16).compile_armt()
+    ids, begun, stats = random_ids(rows, 70), [], []
+    begin = decode_armt.FixedShapes.begin
+    monkeypatch.setattr(
+        decode_armt.FixedShapes, "begin", lambda self, *a: (begin(self, *a), begun.append(self.begun is not None))
+    )
+    options = {"max_new_tokens": 150, "do_sample": False, "eos_token_id": list(range(8)), "pad_token_id": 0}
+    results = []
+    for devices in ({"cuda"}, set()):
+        monkeypatch.setattr(decode_armt, "READS_AHEAD", devices)
+        output = model.generate(ids, return_dict_in_generate=True, **options)
+        cache = output.past_key_values
+        logits = model(random_ids(rows, 1), past_key_values=cache).logits
+        stats.append(cache.stats())
+        results.append((output.sequences, logits, *(state.A for state in cache.states.values())))
+        assert any(begun) == bool(devices)
+        begun.clear()
+    assert stats[0] == stats[1]
+    for ahead, plain in zip(*results, strict=True):
+        assert torch.equal(ahead, plain)
 
 
 @torch.no_grad()
