@@ -102,7 +102,8 @@ def import_checkpoint(
             refuse_other_architectures(tensors, fields)
             _compare_fields(fields, text_config, options)
             shape = _memory_shape(tensors, text_config)
-            config = ARMTConfig(text_config=text_config, **options, **shape, **VARIANTS[variant])
+            # It was trained without the guard.
+            config = ARMTConfig(text_config=text_config, **options, **shape, **VARIANTS[variant], write_guard=False)
             tensors = map_tensors(tensors, config)
         except CheckpointError as error:
             raise CheckpointError(f"cannot import {checkpoint}: {error}") from error.__cause__

@@ -147,12 +147,15 @@ def main() -> None:
     parser.add_argument("--segments", type=int, required=True)
     parser.add_argument("--rows", type=int, default=4, help="texts read side by side (default 4)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-guard", action="store_true", help="as published, without the guard of writes")
     parser.add_argument("--compile", action="store_true", help="a slow start, then faster on a GPU")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     args = parser.parse_args()
     with staged_folder(args.out) as folder:
         loaded, tokenizer = load_checkpoint(args.model)
         model = armt_model(loaded)
+        for memory in model.memory.values():
+            memory.write_guard = memory.write_guard and not args.no_guard
         if args.compile:
             model.compile_armt()
         task = task_for(args.task, parse_options(args.task_option), tokenizer)
@@ -163,6 +166,7 @@ def main() -> None:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "transformers": transformers.__version__},
+            "write_guard": model.config.write_guard and not args.no_guard,
             "segments": args.segments, "segment_size": model.config.segment_size, "rows": args.rows,
             "seed": args.seed, "texts": TEXTS[args.task],
             "points": measure(model, task, args.segments, args.rows, args.seed),

@@ -33,6 +33,8 @@ class ARMTConfig(PreTrainedConfig):
         denom_eps (`float`): added to the denominators q.z and k.z.
         correction (`bool`): scale what a write adds to z by gamma, so that rewriting a key does not grow z.
         use_denom (`bool`): divide reads by q.z (and k.z); without it there is no z at all.
+        write_guard (`bool`): write less where a write would let the memory grow without end; changes nothing
+            elsewhere. Published models were trained without.
         memory_layers (`list[int]`, *optional*): backbone layers that have a memory; None means all.
         armt_version (`int`): version of the checkpoint format; written by the package, not set by hand.
 
@@ -63,6 +65,7 @@ class ARMTConfig(PreTrainedConfig):
     denom_eps: float = 1e-5
     correction: bool = True
     use_denom: bool = True
+    write_guard: bool = True
     memory_layers: list[int] | None = None
     armt_version: int = ARMT_VERSION
 
@@ -108,7 +111,7 @@ class ARMTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {value!r}; it must be a number from 0 to below 1, such as 1e-5.")
         if self.use_denom and self.denom_eps == 0:
             raise ValueError("denom_eps is 0, so an empty memory would divide by zero; use 1e-5, or use_denom=False.")
-        for name in ("normalize_features", "correction", "use_denom"):
+        for name in ("normalize_features", "correction", "use_denom", "write_guard"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
         if not isinstance(self.armt_version, int) or self.armt_version < 1:
@@ -139,7 +142,8 @@ class ARMTConfig(PreTrainedConfig):
     def memory_fields(self) -> dict[str, Any]:
         """The fields that say how a memory works, without the backbone's."""
         names = (*VARIANTS["v2"], "segment_size", "num_mem_tokens", "d_mem", "dpfp_nu", "denom_eps", "correction")
-        return {name: getattr(self, name) for name in (*names, "use_denom", "memory_layers", "armt_version")}
+        more = ("use_denom", "write_guard", "memory_layers", "armt_version")
+        return {name: getattr(self, name) for name in (*names, *more)}
 
     @property
     def memory_layer_indices(self) -> list[int]:

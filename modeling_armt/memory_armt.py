@@ -12,7 +12,9 @@ z (B, K) that normalises what is read from it:
            gamma = clip(1 - (k . z + eps) / (|k|^2 + gamma_eps), 0, 1)   how new the key is (the correction)
            A <- A + sum_m beta k (v - v0)^T,   z <- z + sum_m gamma k
 
-All m tokens of a write see the old A and z, and beta does not touch z. Features, products and the state are float32
+All m tokens of a write see the old A and z, and beta does not touch z. So a write takes A to (I - M) A and what it
+stores, with M = sum_m beta k k^T / (k . z + eps). The guard, which is not in the papers, bounds what of M would be the
+same for ever: see `_guarded`. Features, products and the state are float32
 (float64 for a float64 model), whatever the dtype of the backbone: over thousands of writes bfloat16 loses the memory.
 One product, phi(q) A of a read, is bfloat16 in a bfloat16 backbone: its result is added to a bfloat16 x, and no error
 of it stays in the memory.
@@ -23,6 +25,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+
+
+# With the guard: eigenvalues of M from 2 on are those with which A grows.
+MAX_EIGENVALUE = 1.9
 
 
 class MemoryState(NamedTuple):
@@ -76,10 +82,32 @@ def dpfp(u: torch.Tensor, nu: int) -> torch.Tensor:
     return torch.cat([y * y.roll(shift, dims=-1) for shift in range(1, nu + 1)], dim=-1)
 
 
+def expansion_bound(k: torch.Tensor, beta: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
+    """
+    An upper bound of the largest eigenvalue of M = sum_m beta k k^T / (k . z + eps), usually 0 to 5% above it.
+
+    The m x m matrix H with entries beta_j k_i . k_j / (k_j . z + eps) has the same eigenvalues, but for zeros, and no
+    negative entry. So max_i (H x)_i / x_i is a bound for every positive x (Collatz-Wielandt); Gershgorin's, the
+    largest sum of a row, is that for x = 1, and the one taken here, for x = H H 1, is at least as tight.
+
+    Args:
+        k: `(B, m, K)` features, all >= 0.
+        beta: `(B, m, 1)`.
+        denominator: `(B, m)`.
+
+    Returns:
+        `(B,)`.
+    """
+    rows, scaled = k.shape[:-2], beta / denominator[..., None] * k
+    H = torch.bmm(k.flatten(0, -3), scaled.flatten(0, -3).mT)
+    x = torch.bmm(H, H.sum(-1, keepdim=True))
+    return (torch.bmm(H, x) / x.clamp(min=1e-30)).amax((-2, -1)).unflatten(0, rows)
+
+
 class MemoryEquations:
     """
     Read and write. A subclass says how its projections are applied, to one layer or to several, and has the constants
-    `nu`, `normalize_features`, `gamma_eps`, `denom_eps`, `correction`, `use_denom` and `state_dtype`.
+    `nu`, `normalize_features`, `gamma_eps`, `denom_eps`, `correction`, `use_denom`, `write_guard` and `state_dtype`.
     """
 
     def _features(self, u: torch.Tensor) -> torch.Tensor:
@@ -128,8 +156,6 @@ class MemoryEquations:
             beta = self._project(self.memory_beta, y).sigmoid()  # (B, m, 1)
 
             known, denominator = self._recall(k, state)  # an empty memory knows 0
-            A = state.A + self._update(beta * k, v - known)
-
             gamma, overlap = k.new_ones(k.shape[:-1]), None
             if self.use_denom:
                 overlap = (denominator / (k.square().sum(-1) + self.gamma_eps)).detach()
@@ -137,8 +163,25 @@ class MemoryEquations:
                 gamma = (1 - overlap).clamp(0, 1)
                 if first is not None:
                     gamma = gamma.masked_fill(first[..., None], 1.0)
+                if self.write_guard:
+                    beta = self._guarded(beta, k, denominator, gamma)
+            A = state.A + self._update(beta * k, v - known)
             z = state.z + (gamma[..., None] * k).sum(-2) if self.use_denom else None
             return MemoryState(A, z), WriteTerms(k, v, beta, gamma, denominator, overlap)
+
+    def _guarded(
+        self, beta: torch.Tensor, k: torch.Tensor, denominator: torch.Tensor, gamma: torch.Tensor
+    ) -> torch.Tensor:
+        """
+        beta `(B, m, 1)`, smaller for tokens whose gamma is 0 where these alone would let A grow: several similar keys
+        that meet a k . z which is too small for all of them together. z takes nothing of them, so that it would stay
+        like that, and A would grow without end. Everywhere else beta is what it was, to the bit.
+        """
+        with torch.no_grad():
+            frozen = (gamma == 0)[..., None]
+            bound = expansion_bound(k * frozen, beta, denominator)
+            scale = (MAX_EIGENVALUE / bound).clamp(max=1)[..., None, None]
+        return torch.where(frozen, beta * scale, beta)
 
     def _answer(self, query: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
         """query A `(B, P, D)` for `(B, P, K)` queries."""
@@ -172,6 +215,7 @@ class AssociativeMemory(MemoryEquations, nn.Module):
         gamma_eps, denom_eps: the two epsilons of the equations above.
         correction: with False gamma is 1, and z grows with every write.
         use_denom: with False reads and v0 are not divided, and there is no z.
+        write_guard: keep the eigenvalues of M, of tokens whose gamma is 0, below `MAX_EIGENVALUE`.
     """
 
     def __init__(
@@ -184,6 +228,7 @@ class AssociativeMemory(MemoryEquations, nn.Module):
         denom_eps: float = 1e-5,
         correction: bool = True,
         use_denom: bool = True,
+        write_guard: bool = True,
     ):
         super().__init__()
         self.feature_size = 2 * nu * d_mem
@@ -193,6 +238,7 @@ class AssociativeMemory(MemoryEquations, nn.Module):
         self.denom_eps = denom_eps
         self.correction = correction
         self.use_denom = use_denom
+        self.write_guard = write_guard
         # Names that no backbone uses, so that adapters aimed at the backbone's q_proj, k_proj, ... leave them alone.
         self.memory_query = nn.Linear(hidden_size, d_mem, bias=False)
         self.memory_key = nn.Linear(hidden_size, d_mem, bias=False)

@@ -67,6 +67,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
                     config.denom_eps,
                     config.correction,
                     config.use_denom,
+                    config.write_guard,
                 )
                 for layer in config.memory_layer_indices
             }

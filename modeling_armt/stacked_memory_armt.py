@@ -85,7 +85,7 @@ class StackedMemory(MemoryEquations):
     memory_query, memory_key, memory_value, memory_beta = PROJECTIONS
 
     def __init__(self, like: AssociativeMemory, weights: dict[str, torch.Tensor]):
-        for name in ("nu", "normalize_features", "gamma_eps", "denom_eps", "correction", "use_denom"):
+        for name in ("nu", "normalize_features", "gamma_eps", "denom_eps", "correction", "use_denom", "write_guard"):
             setattr(self, name, getattr(like, name))
         self.weights = weights
         self.state_dtype = torch.promote_types(weights["memory_query.weight"].dtype, torch.float32)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .memory_armt import MemoryState, ReadTerms, WriteTerms
+from .memory_armt import MemoryState, ReadTerms, WriteTerms, expansion_bound
 
 
 NONE = -float("inf")  # of what was not met yet
@@ -27,28 +27,6 @@ COLUMNS = {
 }
 SMALLEST = ("min_qz", "min_denominator", "min_kz_ratio")  # kept as the largest of the negatives
 NEED_Z = ("min_denominator", "min_qz", "min_kz_ratio", "lambda_max", "lambda_last")
-
-
-def expansion_bound(k: torch.Tensor, beta: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """
-    An upper bound of the largest eigenvalue of M = sum_m beta k k^T / (k . z + eps), usually 0 to 5% above it.
-
-    The m x m matrix H with entries beta_j k_i . k_j / (k_j . z + eps) has the same eigenvalues, but for zeros, and no
-    negative entry. So max_i (H x)_i / x_i is a bound for every positive x (Collatz-Wielandt); Gershgorin's, the
-    largest sum of a row, is that for x = 1, and the one taken here, for x = H H 1, is at least as tight.
-
-    Args:
-        k: `(B, m, K)` features, all >= 0.
-        beta: `(B, m, 1)`.
-        denominator: `(B, m)`.
-
-    Returns:
-        `(B,)`.
-    """
-    rows, scaled = k.shape[:-2], beta / denominator[..., None] * k
-    H = torch.bmm(k.flatten(0, -3), scaled.flatten(0, -3).mT)
-    x = torch.bmm(H, H.sum(-1, keepdim=True))
-    return (torch.bmm(H, x) / x.clamp(min=1e-30)).amax((-2, -1)).unflatten(0, rows)
 
 
 def read_extremes(x: torch.Tensor, terms: ReadTerms, like: torch.Tensor) -> torch.Tensor:

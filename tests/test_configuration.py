@@ -21,6 +21,7 @@ OTHER_THAN_DEFAULT = {
     "denom_eps": 1e-4,
     "correction": False,
     "use_denom": False,
+    "write_guard": False,
     "memory_layers": [0, 2],
 }
 

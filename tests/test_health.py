@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt
-from modeling_armt.memory_armt import AssociativeMemory, MemoryState
-from modeling_armt.statistics_armt import LayerStatistics, expansion_bound, summary
+from modeling_armt.memory_armt import AssociativeMemory, MemoryState, expansion_bound
+from modeling_armt.statistics_armt import LayerStatistics, summary
 
 
 SEGMENTS = 6
@@ -329,14 +329,14 @@ def test_a_fresh_conversion_reads_nothing():
 # The failure that they are there for
 
 
-def simulated(turned: bool, segments: int = 300, rows: int = 24) -> tuple[dict, dict]:
+def simulated(turned: bool, write_guard: bool, segments: int = 300, rows: int = 24) -> tuple[dict, dict]:
     """
     Health before and after the second half of a text whose memory tokens stand near one key each segment. With
     `turned` that key is another one, at right angles to the first, in the second half.
     """
     torch.manual_seed(0)
     hidden, tokens = 48, 10
-    memory = AssociativeMemory(hidden, 16).double()
+    memory = AssociativeMemory(hidden, 16, write_guard=write_guard).double()
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> torch.Tensor:
@@ -358,7 +358,7 @@ def simulated(turned: bool, segments: int = 300, rows: int = 24) -> tuple[dict, 
 
 
 def test_a_change_of_text_that_makes_a_memory_grow_shows():
-    before, after = simulated(turned=True)
+    before, after = simulated(turned=True, write_guard=False)
     assert max(before["lambda_max"]) < 2
     blown_up = [norm > 1e3 * before["A_norm"][row] for row, norm in enumerate(after["A_norm"])]
     assert sum(blown_up) > len(blown_up) / 2
@@ -368,6 +368,16 @@ def test_a_change_of_text_that_makes_a_memory_grow_shows():
 
 
 def test_a_memory_without_a_change_of_text_stays_healthy():
-    _, after = simulated(turned=False)
+    _, after = simulated(turned=False, write_guard=False)
     assert max(after["lambda_max"]) < 2
     assert max(map(abs, after["A_growth"])) < 5
+
+
+def test_the_guard_keeps_a_memory_from_growing():
+    before, after = simulated(turned=True, write_guard=True)
+    assert max(after["A_growth"]) < 5
+    assert all(norm < 10 * before["A_norm"][row] for row, norm in enumerate(after["A_norm"]))
+
+
+def test_the_guard_changes_nothing_where_nothing_grows():
+    assert simulated(turned=False, write_guard=True) == simulated(turned=False, write_guard=False)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from modeling_armt.configuration_armt import VARIANTS
-from modeling_armt.memory_armt import AssociativeMemory, MemoryState, dpfp
+from modeling_armt.memory_armt import MAX_EIGENVALUE, AssociativeMemory, MemoryState, dpfp
 
 
 HIDDEN, D_MEM, TOKENS, ROWS = 6, 3, 2, 2
@@ -291,3 +291,45 @@ def test_float32_is_enough_for_a_thousand_writes():
     assert double.A.dtype == torch.float64
     assert (single.A - double.A).norm() / double.A.norm() < 1e-6
     assert (single.z - double.z).norm() / double.z.norm() < 1e-6
+
+
+# The guard
+
+
+def write_one_key(tokens: int, known: float, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """beta of equal memory tokens that meet k . z of `known` times |k|^2, without and with the guard."""
+    betas = []
+    for write_guard in (False, True):
+        memory = make_memory(write_guard=write_guard, **options)
+        nn.init.constant_(memory.memory_beta.weight, 0)
+        nn.init.constant_(memory.memory_beta.bias, 3.0)
+        y = torch.ones(1, tokens, HIDDEN, dtype=torch.float64)
+        k = memory.write(y, memory.zero_state(1, "cpu"))[1].k[:, 0]
+        state = MemoryState(torch.ones(1, memory.feature_size, HIDDEN, dtype=torch.float64), known * k)
+        betas.append(memory.write(y, state)[1].beta[0, :, 0])
+    return betas[0], betas[1]
+
+
+@pytest.mark.parametrize(("tokens", "known"), [(1, 1.1), (2, 1.1), (3, 2.0)])
+def test_the_guard_leaves_writes_alone_that_cannot_grow(tokens: int, known: float):
+    plain, guarded = write_one_key(tokens, known)
+    assert torch.equal(plain, guarded)
+
+
+@pytest.mark.parametrize("tokens", [3, 8])
+def test_the_guard_bounds_the_eigenvalue_of_keys_that_z_knows(tokens: int):
+    plain, guarded = write_one_key(tokens, known=1.1)
+    assert plain.sum() / 1.1 > 2  # M = sum_m beta k k^T / (k . z) has no other eigenvalue
+    assert (guarded.sum() / 1.1).item() == pytest.approx(MAX_EIGENVALUE, rel=1e-4)
+
+
+def test_the_guard_leaves_keys_alone_that_z_takes_in():
+    """What was too small for them is not after this write."""
+    plain, guarded = write_one_key(tokens=8, known=0.5)
+    assert torch.equal(plain, guarded)
+
+
+def test_the_guard_leaves_a_memory_alone_that_does_not_divide_by_what_it_knows():
+    for options in ({"correction": False}, {"use_denom": False}):
+        plain, guarded = write_one_key(8, known=1.1, **options)
+        assert torch.equal(plain, guarded)

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ProgressCallback
 
 from ..adapters import parameter_groups
 from ..checkpoints import armt_model, load_checkpoint
@@ -20,6 +21,14 @@ from .data import StageData
 from .distillation import Teacher, divergence
 from .recipe import Recipe
 from .scoring import totals
+
+
+class Progress(ProgressCallback):
+    """The Trainer's bar and what it logs of training; validations and the end have lines of their own."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            super().on_log(args, state, control, logs, **kwargs)
 
 
 class CurriculumTrainer(Trainer):
@@ -37,6 +46,8 @@ class CurriculumTrainer(Trainer):
     def __init__(self, data: StageData, curriculum: Curriculum, **kwargs):
         self.data, self.curriculum, self.recipe = data, curriculum, curriculum.recipe
         super().__init__(callbacks=[curriculum], **kwargs)
+        self.pop_callback(ProgressCallback)
+        self.add_callback(Progress)
         self.teacher = None if self.recipe.distillation is None else Teacher(self.model)
         self.divergences: list[torch.Tensor] = []  # since the last entry of the log
 
