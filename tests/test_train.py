@@ -34,6 +34,7 @@ from modeling_armt.conversion.cli import main
 from modeling_armt.conversion.convert import convert
 from modeling_armt.conversion.demo import BACKBONE
 from modeling_armt.conversion.tasks import load_task
+from modeling_armt.conversion.tasks.associative_retrieval import AssociativeRetrieval
 from modeling_armt.conversion.training.batches import StageBatches, load_batches
 from modeling_armt.conversion.training.collating import collate
 from modeling_armt.conversion.training.curriculum import Curriculum
@@ -494,6 +495,21 @@ class TestTexts:
         memory = model.read(batch["background"]).past_key_values
         split = model(batch["input_ids"], labels=batch["labels"], past_key_values=memory, return_logits=False).loss
         assert split.item() == pytest.approx(at_once.item(), rel=1e-5)
+
+    def test_the_background_of_rewriting_is_pairs_written_before(self, recipe, symbols):
+        task = {"key_size": 1, "value_size": 1, "rewrite": True}
+        made = recipe(background={"segments": 9, "share": 1.0}, task_options=task)
+        data = StageData(made, 4, None)
+        batch = next(data.train(0, 0, torch.device("cpu")))
+        pairs = batch["background"].view(-1, 4)
+        assert 1 <= len(pairs) <= 9
+        assert set(pairs[:, 1].tolist()) == {AssociativeRetrieval.sep_token_id}
+        assert set(pairs[:, 3].tolist()) == {AssociativeRetrieval.eos_token_id}
+
+    def test_what_shall_be_remembered_has_no_background(self, recipe):
+        """A pair before the sample could have the key that is asked for."""
+        with pytest.raises(ValueError, match="stage 1: background needs a source"):
+            train(recipe(background={"segments": 9, "share": 1.0}))
 
     def test_text_trains_on_its_loss(self, recipe, words, texts):
         summary = train(recipe(model=words, **self.TEXT | {"task_options": {"source": str(texts)}}))

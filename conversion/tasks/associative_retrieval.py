@@ -1,6 +1,6 @@
 """Associative retrieval: pairs of random keys and values, then a key whose value is to be told."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -111,6 +111,14 @@ class AssociativeRetrieval(Task):
         """`(rows, pairs * segment_size)` pairs without a question; `keys`: of so many keys, by default of all."""
         drawn = rng.integers(keys or self.keys, size=(rows, pairs))
         return self._padded_pairs(drawn, rng.integers(self.symbols, size=(rows, pairs, self.value_size)))
+
+    @property
+    def train_background(self) -> Callable[[int, np.random.Generator], np.ndarray] | None:
+        """Draws pairs that come before a sample, `(count,)` ids; in *remember* there can be none."""
+        return self._pairs_before if self.rewrite else None
+
+    def _pairs_before(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        return self.text(1, -(-count // self.segment_size), rng)[0, :count]
 
     def _evaluation(self, side: str, length: int, count: int) -> IterableDataset:
         return finite(partial(self._first, self.pairs_in(length), side, count))

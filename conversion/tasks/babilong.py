@@ -4,8 +4,8 @@ import re
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +322,11 @@ class Babilong(Task):
             )
         return self.background.draw(side, count, rng)
 
+    @property
+    def train_background(self) -> Callable[[int, np.random.Generator], np.ndarray] | None:
+        """Draws text of the books for training, `(count,)` ids, without a fact in it."""
+        return None if self.background is None else partial(_draw_train, self.background)
+
     def frame(self, question: Question) -> tuple[list[int], list[int], list[int]]:
         """Ids of what comes before and after the context, and of the answer with the end-of-text token."""
         key = question.text, question.answer
@@ -470,3 +475,7 @@ def read_prompt(path: str | Path) -> str:
         problem = f"lacks {' and '.join(missing)}" if missing else "has {context} more than once"
         raise ValueError(f"The prompt {path} {problem}; it needs {{context}} once and {{question}}.")
     return text
+
+
+def _draw_train(background: Background, count: int, rng: np.random.Generator) -> np.ndarray:
+    return background.draw("train", count, rng)[0]

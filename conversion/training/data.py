@@ -2,15 +2,12 @@
 
 import inspect
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..tasks import Task, task_class
-from ..tasks.background import Background
 from ..tasks.options import task_for
 from .batches import Draw, StageBatches, load_batches
 from .collating import collate
@@ -135,10 +132,10 @@ class StageData:
             return None, 0
         if self.background is not None:
             return self.background.draw, segments
-        of_task = getattr(self.tasks[number], "background", None)
+        of_task = getattr(self.tasks[number], "train_background", None)
         if of_task is None:
             raise ValueError("background needs a source: the task of this stage has no background text of its own.")
-        return partial(draw_from, of_task), segments
+        return of_task, segments
 
     def train(self, number: int, first: int, device: torch.device) -> Iterator[dict[str, Any]]:
         """This process's share of the batches of stage `number`, from batch `first` on; see [`StageBatches`]."""
@@ -171,8 +168,3 @@ class StageData:
         """This process's share of the validation samples at the limit of stage `number`, in batches."""
         for batch in self.validations[number]:
             yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def draw_from(background: Background, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Text of the books for training of the task `babilong`."""
-    return background.draw("train", count, rng)[0]

@@ -76,7 +76,8 @@ class Background:
     Args:
         segments: how long that text is, at most; each batch has a number of its own from 1 on.
         share: of the batches that start so.
-        source: plain text, as for the task `text`; None: the background of the task `babilong`.
+        source: plain text, as for the task `text`; None: of the task itself, which is the background of `babilong`,
+            and pairs before those of the sample for `associative_retrieval` with `rewrite`.
     """
 
     segments: int
