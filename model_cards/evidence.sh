@@ -17,7 +17,8 @@
 #     losses           both on the test side
 #     remember:SEED, rewrite:SEED           associative retrieval
 #     remember-off:SEED, rewrite-off:SEED   with correction off
-#     pairs:NAME       what all seeds of NAME, one of these four, recall
+#     rewrite-long:SEED                     goes on from rewrite:SEED, after pairs written before
+#     pairs:NAME       what all seeds of NAME, one of these five, recall
 #     health:RUN       the memories of qa1-SEED over 20,000 segments, of rewrite-SEED over 100,000
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -118,6 +119,11 @@ for step in "$@"; do
         [ -d "$name-$of" ] || armt train "$name-base-$of" --recipe "$HERE/associative_retrieval/$kind.yaml" \
             --seed "$of" --out "$name-$of" --resume
         stages "$name-$of"
+        ;;
+    rewrite-long)
+        [ -d "rewrite-long-$of" ] || armt train "rewrite-$of" --recipe "$HERE/associative_retrieval/rewrite_long.yaml" \
+            --seed "$of" --out "rewrite-long-$of" --resume
+        stages "rewrite-long-$of"
         ;;
     pairs)
         case $of in
