@@ -13,11 +13,12 @@ z (B, K) that normalises what is read from it:
            A <- A + sum_m beta k (v - v0)^T,   z <- z + sum_m gamma k
 
 All m tokens of a write see the old A and z, and beta does not touch z. So a write takes A to (I - M) A and what it
-stores, with M = sum_m beta k k^T / (k . z + eps). The guard, which is not in the papers, bounds what of M would be the
-same for ever: see `_guarded`. Features, products and the state are float32
-(float64 for a float64 model), whatever the dtype of the backbone: over thousands of writes bfloat16 loses the memory.
-One product, phi(q) A of a read, is bfloat16 in a bfloat16 backbone: its result is added to a bfloat16 x, and no error
-of it stays in the memory.
+stores, with M = sum_m beta k k^T / (k . z + eps), and A grows where M has eigenvalues above 2. The guard, which is not
+in the papers, lowers beta where that would go on for ever (`_guarded`).
+
+Features, products and the state are float32 (float64 for a float64 model), whatever the dtype of the backbone: over
+thousands of writes bfloat16 loses the memory. One product, phi(q) A of a read, is bfloat16 in a bfloat16 backbone: its
+result is added to a bfloat16 x, and no error of it stays in the memory.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ import torch
 from torch import nn
 
 
-# With the guard: eigenvalues of M from 2 on are those with which A grows.
+# That the guard lets M have: a little less than those with which A neither grows nor forgets.
 MAX_EIGENVALUE = 1.9
 
 

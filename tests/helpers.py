@@ -1,7 +1,10 @@
 """What several test files do with a model."""
 
 import copy
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -91,3 +94,12 @@ CHECKPOINTING = "activation_checkpointing" if _RENAMED else "gradient_checkpoint
 def enable_checkpointing(model: PreTrainedModel, **kwargs):
     """Switches gradient checkpointing on; `kwargs` are those of `torch.utils.checkpoint`."""
     getattr(model, f"{CHECKPOINTING}_enable")(**({f"{CHECKPOINTING}_kwargs": kwargs} if kwargs else {}))
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of `model_cards/` as a module; `name` is its path there."""
+    path = Path(__file__).parents[1] / "model_cards" / name
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

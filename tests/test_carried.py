@@ -1,11 +1,11 @@
 """The control without associative memory: what is carried from one segment to the next, and that it learns."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import load_script
 from transformers import AutoTokenizer
 
 from modeling_armt.conversion.convert import convert
@@ -15,17 +15,13 @@ from modeling_armt.conversion.training.recipe import make_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 
-SCRIPT = Path(__file__).parents[1] / "model_cards" / "carried.py"
 SEGMENT, MEMORY = 32, 4
 TASK = {"task": "qa1"}
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("carried", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("carried.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """model_cards/health.py: what it reads, and that it records what the cache says."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from evaluation_models import symbol_model, with_memory
+from helpers import load_script
 from transformers import AutoTokenizer
 
 from modeling_armt.conversion.demo import BACKBONE
@@ -16,16 +16,12 @@ from modeling_armt.conversion.tasks.associative_retrieval import AssociativeRetr
 from modeling_armt.conversion.tasks.babilong import Babilong
 
 
-SCRIPT = Path(__file__).parents[1] / "model_cards" / "health.py"
 SEGMENTS, ROWS = 40, 2
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("health", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("health.py")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +31,7 @@ def written(script, tmp_path_factory) -> Path:
     with_memory(symbol_model(layers=2)).save_pretrained(folder / "tiny")
     arguments = [folder / "tiny", "--task", "associative_retrieval", "--segments", SEGMENTS, "--rows", ROWS]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments), "--out", str(folder / "out")])
+        patch.setattr(sys, "argv", ["health.py", *map(str, arguments), "--out", str(folder / "out")])
         script.main()
     return folder
 

@@ -220,6 +220,7 @@ class TestResult:
         assert (config.segment_size, config.num_mem_tokens, config.d_mem, config.memory_layers) == (5, 3, 4, None)
         assert (config.normalize_features, config.gamma_eps) == (False, 1e-5)
         assert (config.correction, config.use_denom) == (False, False)
+        assert not config.write_guard  # it was trained without
 
     def test_has_its_code_with_it(self, checkpoint, backbone, out):
         import_checkpoint(checkpoint, backbone, out, SEGMENT_SIZE)

@@ -1,6 +1,5 @@
 """The backbone of the results: what it is trained on, and what it must never see."""
 
-import importlib.util
 import json
 import tarfile
 from argparse import Namespace
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_armt.conversion.pretraining import PretrainingError, make_llama
@@ -18,7 +18,6 @@ from modeling_armt.conversion.tasks.babilong import Babilong, sample_key
 from modeling_armt.conversion.tasks.documents import side_of_book
 
 
-SCRIPT = Path(__file__).parents[1] / "model_cards" / "backbone" / "make_backbone.py"
 WORDS = {"train": "harbour", "validation": "mountain", "test": "cathedral"}
 SIZES = ["--vocab", 320, "--hidden", 16, "--layers", 1, "--heads", 2, "--kv-heads", 2, "--intermediate", 32]
 SIZES += ["--context", 64, "--minutes", 0.02, "--batch", 8, "--stories", 40, "--validation", 8, "--no-compile"]
@@ -26,10 +25,7 @@ SIZES += ["--context", 64, "--minutes", 0.02, "--batch", 8, "--stories", 40, "--
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_backbone", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("backbone/make_backbone.py")
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,7 @@ def fields(facts: Facts) -> dict[str, Any]:
         "width of memory queries and keys (`d_mem`)": number(config.d_mem),
         "feature map": f"DPFP, nu = {config.dpfp_nu}, {'' if config.normalize_features else 'not '}normalised",
         "correction of the denominator": "on" if config.correction else "off",
+        "guard of writes": "on" if config.write_guard else "off",
     }
     if adapter:
         lora = facts.checkpoint.adapter
