@@ -179,8 +179,10 @@ class Windows:
 
     def __init__(self, novels: list[torch.Tensor], stories: dict[str, torch.Tensor], args: argparse.Namespace):
         self.length, device = args.context + 1, args.device
-        self.novels = [tokens.to(device) for tokens in novels]
+        # Not as uint16, which cannot be indexed on a GPU.
+        self.novels = [tokens.int().to(device) for tokens in novels]
         self.stories = {name: tensor.to(device) for name, tensor in stories.items()}
+        self.stories["ids"] = stories["ids"].int().to(device)
         self.starts = self.stories["starts"][stories["starts"].to(device) <= len(stories["ids"]) - self.length]
         self.position = torch.arange(self.length, device=device)
         self.generator = torch.Generator(device).manual_seed(args.seed)
