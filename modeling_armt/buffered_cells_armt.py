@@ -10,6 +10,7 @@ from .cells_armt import CELLS_LOCK, GroupInputs, LayerState
 from .groups_armt import LayerGroups
 from .replay_armt import Replay
 from .statistics_armt import LayerStatistics
+from .transfer_armt import on_device
 
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ class BufferedCells:
         for n, flags in enumerate((new_rows, writes)):
             if self.flags_now[group][n][first:last] != flags:
                 self.flags_now[group][n][first:last] = flags
-                self.flags[group][n, first:last] = torch.tensor(flags, device=self.device)
+                self.flags[group][n, first:last] = on_device(flags, self.device)
 
     def leaving(self) -> torch.Tensor:
         group, i = self.place[len(self.place) - 1]

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from .memory_armt import MemoryState
 from .segmentation_armt import Step
 from .statistics_armt import LayerStatistics, summary
+from .transfer_armt import on_device
 
 
 class SegmentKeys(DynamicCache):
@@ -49,7 +50,7 @@ class SegmentKeys(DynamicCache):
         if step.is_uniform:
             return self
         device = self.layers[0].keys.device
-        end = torch.tensor([length_before + taken for taken in step.taken], device=device)
+        end = on_device([length_before + taken for taken in step.taken], device)
         columns = (end[:, None] - length + torch.arange(length, device=device)).clamp(min=0)
 
         def align(states: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from .cells_armt import CELLS_LOCK, CellGroup, GroupInputs, LayerState
 from .groups_armt import LayerGroups
+from .transfer_armt import on_device
 
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ class FunctionalCells:
     def _flags(self, cells: CellGroup, flags: list[list[bool]], usual: bool) -> torch.Tensor | None:
         if not cells.compiled and all(flag == usual for of_layer in flags for flag in of_layer):
             return None
-        return torch.tensor(flags, device=self.model.device)
+        return on_device(flags, self.model.device)
 
     def leaving(self) -> torch.Tensor:
         """The `(W, P, D)` output of the last layer."""

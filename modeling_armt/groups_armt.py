@@ -11,7 +11,7 @@ import torch
 from .attachment_armt import find_decoder_layers
 from .cells_armt import CELLS_LOCK, CellGroup
 from .native_armt import NativeCall, native_pass
-from .stacking_armt import CannotStack, kind
+from .stacking_armt import CannotStack, kind, walk
 
 
 if TYPE_CHECKING:
@@ -155,7 +155,10 @@ def prepare(model: "ARMTPreTrainedModel", lanes: int) -> Prepared:
     started = time.perf_counter()
     config, fast = model.config, model.fast
     layers = find_decoder_layers(model.decoder, config.text_config.num_hidden_layers)
-    if len({parameter.device for parameter in model.parameters()}) > 1:
+    if (
+        len({tensor.device for _, part in walk(model) for tensor in part._parameters.values() if tensor is not None})
+        > 1
+    ):
         raise CannotStack("it is spread over several devices")
     autocast = torch.get_autocast_dtype(model.device.type) if torch.is_autocast_enabled(model.device.type) else None
     around = (config.text_config._attn_implementation, autocast)

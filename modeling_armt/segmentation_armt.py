@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from .transfer_armt import on_device
+
 
 @dataclass
 class Step:
@@ -82,10 +84,10 @@ class RealTokens:
         length = max(step.taken)
         if self.columns is None and step.is_uniform and step.rows is None:
             return source[:, step.start[0] : step.start[0] + length]
-        rows = torch.tensor(step.rows or range(self.batch_size), device=source.device)[:, None]
-        start = torch.tensor(step.start, device=source.device)[:, None]
+        rows = on_device(step.rows or range(self.batch_size), source.device)[:, None]
+        start = on_device(step.start, source.device)[:, None]
         index = start + torch.arange(length, device=source.device)
-        valid = index < start + torch.tensor(step.taken, device=source.device)[:, None]
+        valid = index < start + on_device(step.taken, source.device)[:, None]
         index = index.clamp(max=self.num_columns - 1)
         if self.columns is not None:
             index = self.columns.to(source.device)[rows, index]
@@ -249,11 +251,9 @@ class OutputColumns:
         index, offset = torch.full_like(source, -1), 0
         for step in self.steps:
             width, number = max(step.taken), len(step.taken)
-            rows = slice(None) if step.rows is None else torch.tensor(step.rows, device=device)
-            start = torch.tensor(step.start, device=device)[:, None]
-            inside = (source[rows] >= start) & (
-                source[rows] < start + torch.tensor(step.taken, device=device)[:, None]
-            )
+            rows = slice(None) if step.rows is None else on_device(step.rows, device)
+            start = on_device(step.start, device)[:, None]
+            inside = (source[rows] >= start) & (source[rows] < start + on_device(step.taken, device)[:, None])
             place = offset + width * torch.arange(number, device=device)[:, None] + source[rows] - start
             index[rows] = torch.where(inside, place, index[rows])
             offset += width * number

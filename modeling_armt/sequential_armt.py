@@ -15,6 +15,7 @@ from .cache_armt import SegmentKeys
 from .memory_armt import MemoryState
 from .segmentation_armt import RealTokens, Step
 from .statistics_armt import LayerStatistics
+from .transfer_armt import on_device
 
 
 if TYPE_CHECKING:
@@ -48,9 +49,9 @@ def embed_step(model: "ARMTPreTrainedModel", source: torch.Tensor, tokens: RealT
     if step.is_uniform:
         return torch.cat([packed, memory_tokens.expand(len(packed), -1, -1)], dim=1)
     packed = nn.functional.pad(packed, (0, 0, 0, step.width - packed.shape[1]))
-    number = torch.arange(step.width, device=packed.device) - torch.tensor(step.taken, device=packed.device)[:, None]
+    number = torch.arange(step.width, device=packed.device) - on_device(step.taken, packed.device)[:, None]
     place = (number >= 0) & (number < step.num_mem_tokens)
-    place &= torch.tensor(step.closes, device=packed.device)[:, None]
+    place &= on_device(step.closes, packed.device)[:, None]
     return torch.where(place[..., None], memory_tokens[number.clamp(0, step.num_mem_tokens - 1)], packed)
 
 
@@ -87,7 +88,7 @@ def run_segment(
         length = keys.get_seq_length()
         kwargs = {"use_cache": True, "past_key_values": keys}
         if len(set(step.opened)) > 1:  # to the backbone: a left-padded batch
-            opened = torch.tensor(step.opened, device=device)[:, None]
+            opened = on_device(step.opened, device)[:, None]
             columns = torch.arange(length + width, device=device)
             kwargs["attention_mask"] = (columns >= length - opened).long()
             accepted = inspect.signature(model.decoder.forward).parameters
@@ -117,15 +118,15 @@ def _segment_pass(
         starts = {taken for taken, closes in zip(step.taken, step.closes, strict=True) if closes}
         # Rows that do not write need some column too, any within the input.
         columns = [min(taken, width - step.num_mem_tokens) for taken in step.taken]
-        segment.write_at = starts.pop() if len(starts) == 1 else torch.tensor(columns, device=device)
+        segment.write_at = starts.pop() if len(starts) == 1 else on_device(columns, device)
         if not all(step.closes):
-            segment.writing_rows = torch.tensor(step.closes, device=device)
+            segment.writing_rows = on_device(step.closes, device)
     if not all(segments) and any(state is not None for state in states.values()):
-        segment.unwritten_rows = torch.tensor([n == 0 for n in segments], device=device)
+        segment.unwritten_rows = on_device([n == 0 for n in segments], device)
     segment.statistics = statistics
     if statistics is not None and not step.is_uniform:
         used = [n + step.num_mem_tokens * c for n, c in zip(step.taken, step.closes, strict=True)]
-        segment.filler = torch.arange(width, device=device) >= torch.tensor(used, device=device)[:, None]
+        segment.filler = torch.arange(width, device=device) >= on_device(used, device)[:, None]
     return segment
 
 
@@ -133,6 +134,6 @@ def last_of_rows(hidden: torch.Tensor, step: Step, before: torch.Tensor | None) 
     """`(B, D)`, the hidden state at each row's last real token so far."""
     if step.is_uniform and step.taken[0] > 0:
         return hidden[:, step.taken[0] - 1]
-    taken = torch.tensor(step.taken, device=hidden.device)
+    taken = on_device(step.taken, hidden.device)
     last = hidden[torch.arange(len(taken), device=hidden.device), (taken - 1).clamp(min=0)]
     return torch.where((taken > 0)[:, None], last, 0 if before is None else before.to(last))

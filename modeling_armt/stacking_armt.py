@@ -91,6 +91,32 @@ _POSITION = {"layer_idx", "layer_index", "layer_id", "layer_number", "block_idx"
 _OF_EVERY_MODULE = set(vars(nn.Module())) - {"training"}
 
 
+def walk(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """
+    A module and all below it with their names, each once. The diagonal schedule looks at all layers in every call, for
+    which `named_modules` is too slow.
+    """
+    waiting, seen = [("", module)], set()
+    while waiting:
+        name, part = waiting.pop()
+        if id(part) not in seen:
+            seen.add(id(part))
+            yield name, part
+            below = part._modules.items()
+            waiting += [(f"{name}.{key}" if name else key, child) for key, child in below if child is not None]
+
+
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers of a module and all below it, each once."""
+    tensors, seen = {}, set()
+    for name, part in walk(module):
+        for key, tensor in (*part._parameters.items(), *part._buffers.items()):
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                tensors[f"{name}.{key}" if name else key] = tensor
+    return tensors
+
+
 def kind(module: nn.Module) -> tuple:
     """
     All that a layer or a memory computes with besides the values of its tensors, as far as it can be compared. Those
@@ -101,8 +127,8 @@ def kind(module: nn.Module) -> tuple:
             hooks into the module.
     """
     described = []
-    for name, part in module.named_modules():
-        if hasattr(part, "_hf_hook"):
+    for name, part in walk(module):
+        if "_hf_hook" in vars(part):
             raise CannotStack("its layers are driven by the device hooks of accelerate")
         for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
             hook = getattr(hook, "func", hook)
@@ -112,7 +138,7 @@ def kind(module: nn.Module) -> tuple:
             if attribute not in _OF_EVERY_MODULE and attribute not in _POSITION:
                 described.append((name, attribute, _describe(value)))
         described.append((name, type(part)))
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+    for name, tensor in named_tensors(module).items():
         if type(tensor) not in (nn.Parameter, torch.Tensor) or type(tensor.data) is not torch.Tensor:
             raise CannotStack(f"{name} is a {type(tensor).__name__}, not an ordinary tensor")
         if tensor.device.type == "meta":
@@ -160,11 +186,11 @@ class LayerGroup:
             for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"):
                 setattr(module, hooks, OrderedDict())
             module._forward_pre_hooks_with_kwargs = OrderedDict()
-        self.names = [name for name, _ in (*layers[0].named_parameters(), *layers[0].named_buffers())]
+        self.names = list(named_tensors(layers[0]))
 
     def weights(self, layers: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
         """The weights of layers of this kind, `(G, ...)` each."""
-        of_layers = [dict((*layer.named_parameters(), *layer.named_buffers())) for layer in layers]
+        of_layers = [named_tensors(layer) for layer in layers]
         return {name: trainable_stack([tensors[name] for tensors in of_layers]) for name in self.names}
 
     @contextmanager
