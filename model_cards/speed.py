@@ -18,7 +18,7 @@ from modeling_armt.conversion.training.recipe import Recipe, make_recipe, read_r
 from modeling_armt.conversion.training.train import load_model, make_trainable
 
 
-POSITIONS = 256  # segments of all rows of a pass, as in the recipe's stages
+POSITIONS = 1024  # segments of all rows of a pass, as in the recipe's stages
 
 
 def measure(recipe: Recipe, segments: int, rows: int, passes: int, device: str) -> dict:
@@ -66,7 +66,7 @@ def main() -> None:
     recipe = make_recipe(values, str(args.recipe))
     results = []
     for segments in args.segments:
-        rows = max(1, min(64, POSITIONS // segments)) if device == "cuda" else 2
+        rows = max(1, min(256, POSITIONS // segments)) if device == "cuda" else 2
         results.append(measure(recipe, segments, rows, 2, device))
         print("{segments} segments, {rows} rows: {tokens_per_s:,.0f} tokens/s, first pass {first_pass_s:.0f} s".format(
             **results[-1]), flush=True)  # fmt: skip

@@ -206,7 +206,9 @@ class Pipeline:
             memory_tokens = embed_memory_tokens(model, embeds).expand(len(embeds), -1, -1)
             calls, _ = native_pass(model, torch.cat([embeds, memory_tokens], dim=1), self.groups.answers())
             entering = calls[0].x.unflatten(0, (len(steps), self.lanes))
+            del embeds, calls
             yield from entering
+            del entering  # before the next ones are made
 
     def _leaving(self, step: Step, number: int, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The outputs of a step, from the `(W, P, D)` output of the last layer."""
