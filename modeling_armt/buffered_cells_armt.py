@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cells_armt import CELLS_LOCK, GroupInputs, LayerState
+from .cells_armt import CELLS_LOCK, GroupInputs, LayerState, pick_lanes
 from .groups_armt import LayerGroups
 from .replay_armt import Replay
 from .statistics_armt import LayerStatistics
@@ -122,13 +122,16 @@ class BufferedCells:
 
     def begin(self, layer: int, lanes: list[int], state: LayerState) -> None:
         group, i = self.place[layer]
+        index = None if lanes == list(range(self.lanes)) else on_device(lanes, self.device)
         for old, new in zip(self.state[group], state, strict=True):
-            for number, lane in enumerate(lanes if old is not None else ()):
-                old[i, lane].copy_(new[number])
+            if old is not None and index is None:
+                old[i].copy_(new)
+            elif old is not None:
+                old[i].index_copy_(0, index, new)
 
-    def remembered(self, layer: int, lane: int) -> LayerState:
+    def remembered(self, layer: int, lanes: list[int]) -> LayerState:
         group, i = self.place[layer]
-        return self.state[group].map(lambda tensor: tensor[i, lane].clone())
+        return pick_lanes(self.state[group].map(lambda tensor: tensor[i]), lanes).map(torch.clone)
 
     def run(self, group: int, first: int, last: int, new_rows: list[list[bool]], writes: list[list[bool]]) -> None:
         cells, key = self.groups.groups[group], (group, first, last)

@@ -14,6 +14,7 @@ from .native_armt import NativeCall
 from .stacked_memory_armt import StackedMemory, memory_weights
 from .stacking_armt import LayerGroup
 from .statistics_armt import LayerStatistics, read_extremes
+from .transfer_armt import on_device
 
 
 # Held while cells are called, since the choice of attention kernels is one for the whole process.
@@ -35,6 +36,14 @@ class LayerState(NamedTuple):
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "LayerState":
         return LayerState(*(None if tensor is None else function(tensor) for tensor in self))
+
+
+def pick_lanes(state: LayerState, lanes: list[int]) -> LayerState:
+    """`(lanes, ...)`, some lanes of a layer's `(W, ...)` memory."""
+    if lanes == list(range(len(state.A))):
+        return state
+    index = on_device(lanes, state.A.device)
+    return state.map(lambda tensor: tensor[index])
 
 
 class GroupInputs(NamedTuple):

@@ -29,6 +29,7 @@ from .native_armt import native_pass
 from .segmentation_armt import RealTokens, Step
 from .sequential_armt import embed_memory_tokens, embed_tokens
 from .statistics_armt import LayerStatistics
+from .transfer_armt import on_device
 
 
 if TYPE_CHECKING:
@@ -82,7 +83,10 @@ class Pipeline:
         self.begins = [[w for w in lanes if a[w] != b[w] >= 0] for a, b in zip(before, rows, strict=True)]
         self.ends = [[w for w in lanes if b[w] != a[w] >= 0] for a, b in zip(rows, after, strict=True)]
         self.rows = rows
-        self.ended: dict[int, dict[int, LayerState]] = {layer: {} for layer in states}
+        self.new_rows = [self._never_written(step) for step in range(len(steps))]
+        self.writes = [[w < len(s.closes) and s.closes[w] for w in lanes] for s in steps]
+        # By layer, rows that have ended with their memories, `(rows, ...)`.
+        self.ended: dict[int, list[tuple[list[int], LayerState]]] = {layer: [] for layer in states}
         self.waiting = dict.fromkeys(states, len(segments))  # rows that have not begun
 
     def run(self) -> Iterator[tuple[Step, tuple[torch.Tensor, ...]]]:
@@ -137,20 +141,18 @@ class Pipeline:
                 self.waiting[layer] -= len(rows)
                 if not self.waiting[layer]:
                     self.states[layer] = None  # it lives in the cells now
-        new_rows, writes = [self._never_written(step) for step in steps], [self._writes(step) for step in steps]
-        cells.run(group, first, last, new_rows, writes)
+        cells.run(group, first, last, [self.new_rows[s] for s in steps], [self.writes[s] for s in steps])
         for layer, step in zip(layers, steps, strict=True):
-            for w in self.ends[step]:
-                self.ended[layer][self.rows[step][w]] = cells.remembered(layer, w)
+            if self.ends[step]:
+                rows = [self.rows[step][w] for w in self.ends[step]]
+                self.ended[layer].append((rows, cells.remembered(layer, self.ends[step])))
 
     def _never_written(self, step: int) -> list[bool]:
-        return [
-            row >= 0 and w in self.begins[step] and self.segments[row] == 0 for w, row in enumerate(self.rows[step])
-        ]
-
-    def _writes(self, step: int) -> list[bool]:
-        closes = self.steps[step].closes
-        return [w < len(closes) and closes[w] for w in range(self.lanes)]
+        """By lane, whether a row begins there that has no memory yet."""
+        flags = [False] * self.lanes
+        for w in self.begins[step]:
+            flags[w] = self.segments[self.rows[step][w]] == 0
+        return flags
 
     # Rows that begin and end
 
@@ -176,13 +178,11 @@ class Pipeline:
         if not any(any(step.closes) for step in self.steps):
             return
         for layer, ended in self.ended.items():
-            others = [row for row in range(len(self.segments)) if row not in ended]
+            there = {row for rows, _ in ended for row in rows}
+            others = [row for row in range(len(self.segments)) if row not in there]
             if others:
-                initial = self._initial(layer, others)
-                for number, row in enumerate(others):
-                    ended[row] = initial.map(lambda tensor, number=number: tensor[number])
-            fields = zip(*(ended[row] for row in range(len(self.segments))), strict=True)
-            A, z, *statistics = (None if field[0] is None else torch.stack(field) for field in fields)
+                ended.append((others, self._initial(layer, others)))
+            A, z, *statistics = _in_order(ended)
             self.states[layer] = MemoryState(A, z)
             if self.statistics is not None:
                 self.statistics[layer] = LayerStatistics(*statistics)
@@ -220,3 +220,16 @@ class Pipeline:
             last = hidden[w : w + 1, step.taken[w] - 1 : step.taken[w]]
             self.last_hidden[step.rows[w]] = (last if wanted else self.groups.after_layers(self.model, last))[0, 0]
         return (hidden if wanted else hidden[:, :0],)
+
+
+def _in_order(parts: list[tuple[list[int], LayerState]]) -> LayerState:
+    """The memories `(B, ...)` of all rows, from those of some rows each."""
+    rows = [row for some, _ in parts for row in some]
+    joined = parts[0][1]
+    if len(parts) > 1:
+        fields = zip(*(state for _, state in parts), strict=True)
+        joined = LayerState(*(None if field[0] is None else torch.cat(field) for field in fields))
+    if rows == sorted(rows):
+        return joined
+    order = on_device(sorted(range(len(rows)), key=rows.__getitem__), joined.A.device)
+    return joined.map(lambda tensor: tensor[order])

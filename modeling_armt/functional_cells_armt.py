@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cells_armt import CELLS_LOCK, CellGroup, GroupInputs, LayerState
+from .cells_armt import CELLS_LOCK, CellGroup, GroupInputs, LayerState, pick_lanes
 from .groups_armt import LayerGroups
 from .transfer_armt import on_device
 
@@ -53,10 +53,10 @@ class FunctionalCells:
         """Puts rows with their memories `(lanes, ...)` into lanes. With gradients every lane has one row only."""
         self.state[layer] = (state.map(lambda tensor: tensor[None]), 0)
 
-    def remembered(self, layer: int, lane: int) -> LayerState:
-        """The memory of a layer in a lane."""
+    def remembered(self, layer: int, lanes: list[int]) -> LayerState:
+        """`(lanes, ...)`, the memory of a layer in some lanes."""
         state, i = self.state[layer]
-        return state.map(lambda tensor: tensor[i, lane])
+        return pick_lanes(state.map(lambda tensor: tensor[i]), lanes)
 
     def run(self, group: int, first: int, last: int, new_rows: list[list[bool]], writes: list[list[bool]]) -> None:
         """

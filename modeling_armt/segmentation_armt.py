@@ -10,6 +10,7 @@ segment still has room for, packs them to the left, and appends the memory token
     row 2   | . . . . . . . |      is causal and filler comes last
 """
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -164,9 +165,12 @@ def plan_pipeline(
     left = [0 if o else n - s for n, s, o in zip(counts, start, opened, strict=True)]
     segments = [n // segment_size if cached else -(-n // segment_size) for n in left]
     queues: list[list[int]] = [[] for _ in range(min(lanes, sum(n > 0 for n in segments)))]
+    emptiest = [(0, lane) for lane in range(len(queues))]  # a heap
     for row in sorted(range(batch_size), key=lambda row: -segments[row]):  # the longest first, to the emptiest lane
         if segments[row]:
-            min(queues, key=lambda queue: sum(segments[r] for r in queue)).append(row)
+            load, lane = emptiest[0]
+            queues[lane].append(row)
+            heapq.heapreplace(emptiest, (load + segments[row], lane))
     places = [[(row, number) for row in queue for number in range(segments[row])] for queue in queues]
     places.sort(key=len, reverse=True)  # lanes that are done are the last ones
     for number in range(len(places[0]) if places else 0):
