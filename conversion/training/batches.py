@@ -23,6 +23,9 @@ from .collating import collate
 # Divisible by every allowed number of workers.
 LANES = 8
 
+# Seconds to wait for a batch.
+PATIENCE = 900
+
 Draw = Callable[[int, np.random.Generator], np.ndarray]
 """Takes a number of tokens and a generator, returns so many token ids of some text."""
 
@@ -114,17 +117,35 @@ class StageBatches(IterableDataset):
 
 
 def load_batches(dataset: StageBatches, workers: int, device: torch.device) -> Iterator[dict[str, Any]]:
-    """Batches made in the background by so many processes, on `device` without waiting for it."""
+    """
+    Batches made in the background by so many processes, on `device` without waiting for it.
+
+    Raises:
+        RuntimeError: if no batch comes within `PATIENCE` seconds.
+    """
     loader = DataLoader(
         dataset,
         batch_size=None,
+        collate_fn=as_arrays,
         num_workers=workers,
         prefetch_factor=max(2, LANES // workers) if workers else None,
-        pin_memory=device.type == "cuda",
+        timeout=PATIENCE if workers else 0,
         generator=torch.Generator(),  # else a loader takes a number from the generator that dropout uses
     )
     for batch in loader:
         yield {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
+            name: to_device(value, device) if isinstance(value, np.ndarray) else value for name, value in batch.items()
         }
+
+
+def as_arrays(batch: dict[str, Any]) -> dict[str, Any]:
+    """
+    Tensors as arrays, which come from a worker as bytes. Tensors would come as files that both sides open, with
+    threads for it on both sides: slower for small batches, and a worker can be stuck in it for ever.
+    """
+    return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
