@@ -13,6 +13,7 @@ from families import FAMILIES, NUM_MEM_TOKENS, SEGMENT_SIZE, Family, add_memory,
 from helpers import cache_contents, difference, enable_checkpointing, examples, pad_left, pad_right, same
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from modeling_armt import ARMTCache, ARMTForCausalLM
 from modeling_armt import groups_armt as groups_module
@@ -20,7 +21,7 @@ from modeling_armt import schedule_armt as schedule_module
 from modeling_armt.attachment_armt import find_decoder_layers
 from modeling_armt.diagonal_armt import Pipeline
 from modeling_armt.segmentation_armt import plan_pipeline
-from modeling_armt.stacking_armt import stacked
+from modeling_armt.stacking_armt import named_tensors, stacked
 
 
 LENGTH = 6 * SEGMENT_SIZE + 3
@@ -704,3 +705,19 @@ class TestCompiled:
         _, fast = gradients(model, ids, schedule=schedule)
         _, plain = gradients(model.compile_armt(False), ids, schedule="sequential")
         assert all(difference(fast[name], gradient) <= 1e-9 for name, gradient in plain.items())
+
+
+def test_tensors_are_found_under_the_names_that_torch_gives_them():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm = nn.Linear(2, 2), nn.BatchNorm1d(2)
+            self.again, self.nothing = self.first, None  # the same module twice is one
+            self.inner = nn.Sequential(nn.Linear(2, 2, bias=False))
+            self.inner[0].weight = self.first.weight  # and so is a weight
+
+    layer = Layer()
+    expected = [tensor for _, tensor in (*layer.named_parameters(), *layer.named_buffers())]
+    found = named_tensors(layer)
+    assert sorted(map(id, found.values())) == sorted(map(id, expected))
+    assert all(dict(layer.named_parameters(remove_duplicate=False)).get(n, t) is t for n, t in found.items())
