@@ -46,7 +46,7 @@ from modeling_armt.conversion.training.scoring import totals
 MAX_PARAMETERS = 12_000_000
 # One context holds two segments of 512, so that the backbone with full attention can be measured on them.
 SIZES = {"vocab": 4096, "hidden": 384, "layers": 6, "heads": 6, "kv_heads": 6, "intermediate": 960, "context": 1024}
-NOISE = (0, 0, 8, 32, 96)  # mean tokens of novels before each sentence of a story; a story has one of these
+NOISE = (0, 8, 32, 96)  # mean tokens of novels before each sentence of a story; a story has one of these
 TOKENIZER_STORIES = 20_000  # so that the stories' words are tokens
 README = """---
 license: apache-2.0
@@ -104,7 +104,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=2e-3)
     add("--warmup", type=int, default=200, help="steps")
     add("--story-share", type=float, default=0.5, help="share of windows that are stories (default 0.5)")
-    add("--answer-weight", type=float, default=10.0, help="of a token of an answer in the loss (default 10)")
+    add("--answer-weight", type=float, default=30.0, help="of a token of an answer in the loss (default 30)")
     add("--stories", type=int, default=100_000, help="stories to make, read again and again (default 100,000)")
     add("--validation", type=int, default=500, help="questions to measure on (default 500)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
