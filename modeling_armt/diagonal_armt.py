@@ -204,7 +204,7 @@ class Pipeline:
             embeds = embed_tokens(model, self.source, self.tokens, packed)
             embeds = nn.functional.pad(embeds, (0, 0, 0, segment_size - embeds.shape[1]))
             memory_tokens = embed_memory_tokens(model, embeds).expand(len(embeds), -1, -1)
-            calls, _ = native_pass(model, torch.cat([embeds, memory_tokens], dim=1), self.groups.answers())
+            calls = native_pass(model, torch.cat([embeds, memory_tokens], dim=1), self.groups.answers())[0]
             entering = calls[0].x.unflatten(0, (len(steps), self.lanes))
             del embeds, calls
             yield from entering

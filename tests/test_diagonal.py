@@ -14,8 +14,10 @@ from helpers import cache_contents, difference, enable_checkpointing, examples, 
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from modeling_armt import ARMTCache, ARMTForCausalLM
+from modeling_armt import diagonal_armt as diagonal_module
 from modeling_armt import groups_armt as groups_module
 from modeling_armt import schedule_armt as schedule_module
 from modeling_armt.attachment_armt import find_decoder_layers
@@ -575,6 +577,21 @@ class TestMemory:
         output = model.read(ids, block_segments=2, schedule="diagonal")
         assert alive == [[], [False] * 4, [False] * 4, [False] * 4]
         assert difference(output.logits, model(ids, schedule="sequential").logits[:, -1:]) <= 1e-9
+
+    @torch.no_grad()
+    def test_positions_embedded_before_are_let_go_of(self, monkeypatch):
+        monkeypatch.setattr(diagonal_module, "EMBEDDED", 2 * (SEGMENT_SIZE + NUM_MEM_TOKENS))
+        native_pass, embedded = diagonal_module.native_pass, []
+
+        def watched(*args):
+            assert all(storage.expired() for storage in embedded)
+            calls, hidden = native_pass(*args)
+            embedded.extend(StorageWeakRef(tensor.untyped_storage()) for tensor in (calls[0].x, hidden))
+            return calls, hidden
+
+        monkeypatch.setattr(diagonal_module, "native_pass", watched)
+        deep_model()(random_ids(1, LENGTH), schedule="diagonal")
+        assert len(embedded) == 2 * 3  # three stretches of two segments
 
     @torch.no_grad()
     def test_a_stream_that_fails_leaves_the_cache_alone(self):
