@@ -26,6 +26,8 @@ LABELS = {
     "ours-steady": "ARMT, inside a segment",
     "ours-generate": "ARMT, generate",
     "full-attention": "full attention",
+    "full-attention-flash": "full attention (flash)",
+    "full-attention-cudnn": "(cuDNN)",
     "full-attention-static": "full attention, static cache",
     "full-attention-compiled": "full attention, compiled",
     "gated-deltanet": "Gated DeltaNet",
@@ -106,6 +108,12 @@ def draw_curves(axes: Axes, rows: list[dict[str, Any]], field: str, names: Itera
         )
 
 
+def by_kernel(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of full attention, named by the attention kernel: a line of several would bend where they meet."""
+    of_full = [row for row in rows if row["name"] == "full-attention"]
+    return [{**row, "name": f"full-attention-{row.get('backend', 'flash')}"} for row in of_full]
+
+
 def plot_lengths(folder: Path, out: Path) -> Path | None:
     """Seconds and GiB against tokens."""
     prefill, memory = load(folder, "prefill"), load(folder, "memory")
@@ -114,12 +122,13 @@ def plot_lengths(folder: Path, out: Path) -> Path | None:
         return None
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8))
     figure.subplots_adjust(left=0.06, right=0.88, wspace=0.42, bottom=0.13, top=0.86)
-    names = ["ours", "full-attention", "gated-deltanet"]
     rows = content["rows"]
     measured = {row["name"] for row in rows}
     others = load(folder, "prefill-alternatives") or {"rows": []}
     rows = rows + [row for row in others["rows"] if row["name"] not in measured]
-    draw_curves(left, rows, "median_s", names)
+    everything = rows + (memory["rows"] if memory else [])
+    timed = [*(row for row in everything if row["name"] != "full-attention"), *by_kernel(everything)]
+    draw_curves(left, timed, "median_s", ["ours", "full-attention-flash", "full-attention-cudnn", "gated-deltanet"])
     floor = sorted({(row["tokens"], row["floor_s"]) for row in rows if "floor_s" in row and row["name"] == "ours"})
     if floor:
         left.set_ylim(bottom=min(left.get_ylim()[0], floor[0][1] / 2))
@@ -127,7 +136,7 @@ def plot_lengths(folder: Path, out: Path) -> Path | None:
         left.annotate(
             "arithmetic floor", floor[0], xytext=(6, -11), textcoords="offset points", color="#777777", fontsize=9
         )
-    draw_curves(right, rows + (memory["rows"] if memory else []), "peak_gib", names)
+    draw_curves(right, everything, "peak_gib", ["ours", "full-attention", "gated-deltanet"])
     left.set(title="Time to read a text", xlabel="tokens", ylabel="seconds")
     right.set(title="Peak memory", xlabel="tokens", ylabel="GiB, weights included")
     figure.suptitle(hardware(content), fontsize=11, color="#333333", y=0.985)
