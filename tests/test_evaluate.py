@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from modeling_armt import ARMTCache
 from modeling_armt.conversion.adapters import lora_config
+from modeling_armt.conversion.checkpoints import load_checkpoint
 from modeling_armt.conversion.demo import BACKBONE
 from modeling_armt.conversion.evaluation import answering
 from modeling_armt.conversion.evaluation.answering import answer
@@ -380,3 +381,18 @@ def test_an_adapter_answers_with_itself_and_its_backbone_without(talks):
         assert texts["memory"][row] == task.decode(greedy(adapted, prompt_of(sample), count))
         assert texts["backbone"][row] == task.decode(greedy(talks.model.model, prompt_of(sample), count))
         assert texts["memory"][row] != texts["backbone"][row]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_lora_is_computed_in_the_dtype_of_the_backbone(dtype, tmp_path):
+    talking_model(tmp_path / "base")
+    model, _ = load_checkpoint(tmp_path / "base", device="cpu")
+    get_peft_model(model, lora_config(model, r=2)).save_pretrained(tmp_path / "adapter")
+    subject = load_subject(tmp_path / "adapter", "adapter", dtype, "cpu", compiled=False)
+    dtypes = {"lora": set(), "memory": set(), "other": set()}
+    for name, parameter in subject.model.named_parameters():
+        kind = "lora" if "lora_" in name else "memory" if "memory" in name else "other"
+        dtypes[kind].add(parameter.dtype)
+    dtype = getattr(torch, dtype)
+    assert dtypes == {"lora": {dtype}, "memory": {torch.promote_types(dtype, torch.float32)}, "other": {dtype}}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoints import armt_model, load_checkpoint
@@ -51,6 +52,7 @@ def load_subject(path: str | Path, name: str, dtype: str, device: str | None, co
         ValueError, FileNotFoundError: see [`load_checkpoint`]; `ValueError` if its `training.json` is damaged.
     """
     model, tokenizer = load_checkpoint(path, dtype, device)
+    compute_as_backbone(model)
     if compiled:
         armt_model(model).compile_armt()
     stop_ids = set()
@@ -58,6 +60,19 @@ def load_subject(path: str | Path, name: str, dtype: str, device: str | None, co
         configured = armt_model(model).generation_config.eos_token_id  # of chat models a list
         stop_ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
     return Subject(name, model, tokenizer, hash_weights(path), read_training(path), frozenset(stop_ids))
+
+
+def compute_as_backbone(model: Model) -> None:
+    """
+    Puts the weights of LoRA into the dtype of the layers that they are on, as the autocast of training does. In
+    float32, as PEFT loads them, every layer copies its input and its output to add them.
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            weight = module.get_base_layer().weight
+            if weight.is_floating_point():
+                module.lora_A.to(weight.dtype)
+                module.lora_B.to(weight.dtype)
 
 
 def check_fits(subject: Subject, task: Task) -> None:
