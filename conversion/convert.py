@@ -34,6 +34,7 @@ def convert(
     memory_layers: list[int] | None = None,
     dtype: str = "auto",
     correction: bool = True,
+    seed: int = 0,
 ) -> ARMTForCausalLM:
     """
     Turns a pretrained decoder into an ARMT checkpoint, with memories that add exactly zero until they are trained.
@@ -44,6 +45,7 @@ def convert(
         segment_size, num_mem_tokens, d_mem, memory_layers, correction: see [`ARMTConfig`].
         variant: `v2`, the authors' current model, or `paper`, the formula of the paper.
         dtype: of the backbone's weights; `auto` keeps the checkpoint's. Memories are float32.
+        seed: of the fresh memories.
 
     Returns:
         The model that was saved.
@@ -60,7 +62,9 @@ def convert(
         source = load_backbone(backbone, dtype)
         options = {"segment_size": segment_size, "num_mem_tokens": num_mem_tokens, "d_mem": d_mem}
         options |= {"memory_layers": memory_layers, "correction": correction}
-        model = attach_checked(source, **options, **VARIANTS[variant])
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            model = attach_checked(source, **options, **VARIANTS[variant])
         model.generation_config.cache_implementation = None  # some families ask for a cache of their own
         model.config.converted_from = describe_backbone(backbone)
         model.save_pretrained(folder)

@@ -11,6 +11,7 @@
 #     train:SEED       qa1 by its recipe: its stages are the gates
 #     evaluate:RUN     qa1 to 128k with all controls (RUN is a run of train, or uncorrected:0)
 #     long:RUN         qa1 to 1M, SAMPLES each (default 1000), with memory, off and swapped
+#     join:NAME        results-NAME-0, -1 and -2 as results-NAME, all seeds in one figure
 #     uncorrected:SEED, carried:SEED    the same recipe with correction off, and with states carried instead of A
 #     measure:SEED     what the carried states recall, to 128k
 #     novels, tokens   language modelling with memory, and with tokens carried
@@ -53,6 +54,24 @@ print(f"{sys.argv[1]}: {training['tokens'] / 1e6:,.0f}M tokens, {training['token
 END
 }
 
+join() { # NAME: results of several seeds as those of one command
+    python - "results-$1" results-"$1"-[0-9] <<'END'
+import json, sys
+from pathlib import Path
+from modeling_armt.conversion.evaluation.plots import plot_results
+out, *folders = map(Path, sys.argv[1:])
+first, *others = (json.loads((folder / "results.json").read_text()) for folder in folders)
+for other in others:
+    if other["request"] != first["request"]:
+        sys.exit(f"{folders} are results of different commands")
+    first["runs"] += other["runs"]
+    first["environment"]["command"] += " && " + other["environment"]["command"]
+out.mkdir()
+(out / "results.json").write_text(json.dumps(first, indent=1) + "\n")
+plot_results(first, out)
+END
+}
+
 for step in "$@"; do
     name=${step%%:*} of=${step#*:}
     began=$SECONDS
@@ -67,19 +86,22 @@ for step in "$@"; do
         [ -f speed.json ] || python "$HERE/speed.py" --recipe "$HERE/babilong/qa1.yaml" --model qa1-base-0 --out speed.json
         ;;
     train)
-        convert "qa1-base-$of" --segment-size 512
+        convert "qa1-base-$of" --segment-size 512 --seed "$of"
         [ -d "qa1-$of" ] || armt train "qa1-base-$of" --recipe "${RECIPE:-$HERE/babilong/qa1.yaml}" --seed "$of" \
             --out "qa1-$of" --resume
         stages "qa1-$of"
         ;;
+    join)
+        [ -d "results-$of" ] || join "$of"
+        ;;
     uncorrected)
-        convert "uncorrected-base-$of" --segment-size 512 --no-correction
+        convert "uncorrected-base-$of" --segment-size 512 --seed "$of" --no-correction
         [ -d "uncorrected-$of" ] || armt train "uncorrected-base-$of" --recipe "${RECIPE:-$HERE/babilong/qa1.yaml}" \
             --seed "$of" --out "uncorrected-$of" --resume
         stages "uncorrected-$of"
         ;;
     carried)
-        convert "qa1-base-$of" --segment-size 512
+        convert "qa1-base-$of" --segment-size 512 --seed "$of"
         [ -d "carried-$of" ] || python "$HERE/carried.py" train --carry states --model "qa1-base-$of" --seed "$of" \
             --recipe "${RECIPE:-$HERE/babilong/qa1.yaml}" --out "carried-$of" --resume
         stages "carried-$of"

@@ -6,11 +6,17 @@ adapters, precision and compilation, on random ids with the loss of an answer.
 """
 
 import argparse
+import datetime
 import json
+import platform
+import shlex
+import sys
 import time
 from pathlib import Path
 
+import peft
 import torch
+import transformers
 
 from modeling_armt.conversion.adapters import parameter_groups
 from modeling_armt.conversion.checkpoints import armt_model
@@ -64,14 +70,20 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values = read_recipe(args.recipe) | ({} if args.model is None else {"model": args.model})
     recipe = make_recipe(values, str(args.recipe))
+    modules = (torch, transformers, peft)
+    facts = {
+        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
+        "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in modules},
+    }
     results = []
     for segments in args.segments:
         rows = max(1, min(256, POSITIONS // segments)) if device == "cuda" else 2
         results.append(measure(recipe, segments, rows, 2, device))
         print("{segments} segments, {rows} rows: {tokens_per_s:,.0f} tokens/s, first pass {first_pass_s:.0f} s".format(
             **results[-1]), flush=True)  # fmt: skip
-        args.out.write_text(json.dumps({"device": torch.cuda.get_device_name() if device == "cuda" else "CPU",
-                                        "recipe": str(args.recipe), "results": results}, indent=1))  # fmt: skip
+        args.out.write_text(json.dumps(facts | {"results": results}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

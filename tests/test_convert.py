@@ -242,6 +242,15 @@ class TestOptions:
         assert model.memory_tokens.weight.shape == (3, 32)
         assert model.memory["0"].memory_query.weight.shape == (5, 32)
 
+    def test_seed(self, plain, tmp_path):
+        folders = [tmp_path / name for name in ("a", "again", "b")]
+        for folder, seed in zip(folders, (0, 0, 1), strict=True):
+            convert(plain, folder, segment_size=16, num_mem_tokens=2, d_mem=4, seed=seed)
+        first, again, other = (load_file(folder / "model.safetensors") for folder in folders)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        differ = {name.split(".")[0] for name in first if not torch.equal(first[name], other[name])}
+        assert differ == {"memory", "memory_tokens"}
+
     def test_memory_layers(self, plain, out):
         convert(plain, out, memory_layers=[2, 0])
         assert set(AutoModelForCausalLM.from_pretrained(out).memory) == {"0", "2"}

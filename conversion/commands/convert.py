@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="of the backbone's weights (default: as they are)",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh memories (default 0)")
 
 
 def run(args: argparse.Namespace) -> None:
