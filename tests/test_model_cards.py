@@ -1,0 +1,87 @@
+"""model_cards/: what is recorded there is whole, and the trained weights do what is said of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modeling_armt import ARMTCache
+from modeling_armt.conversion.convert import convert
+from modeling_armt.conversion.merging import merge_adapter
+
+
+ROOT = Path(__file__).parents[1]
+CARDS = ROOT / "model_cards"
+FACTS = [
+    " Mary moved to the bathroom.",
+    " John went to the hallway.",
+    " Daniel journeyed to the kitchen.",
+    " Sandra travelled to the office.",
+    " Mary went back to the garden.",
+]
+PLACES = {"Mary": "garden", "John": "hallway", "Daniel": "kitchen", "Sandra": "office"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the adapters find their base, as model_cards/babilong/README.md has it."""
+    folder = tmp_path_factory.mktemp("qa1")
+    convert(CARDS / "backbone" / "model", folder / "qa1-base", segment_size=512, num_mem_tokens=16, d_mem=64)
+    return folder
+
+
+# PEFT asks by the old name.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+class TestQa1:
+    @pytest.mark.parametrize("seed", [0, 1, 2])
+    @torch.no_grad()
+    def test_facts_segments_ago_answer_many_questions(self, seed: int, folder, monkeypatch):
+        monkeypatch.chdir(folder)
+        merge_adapter(CARDS / "babilong" / f"qa1-{seed}", f"qa1-{seed}")
+        model = AutoModelForCausalLM.from_pretrained(f"qa1-{seed}", dtype=torch.float32, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(f"qa1-{seed}")
+
+        def encode(text: str) -> torch.Tensor:
+            return tokenizer(text, return_tensors="pt").input_ids
+
+        licence = (ROOT / "LICENSE").read_text(encoding="utf-8")  # nothing like what it was trained on
+        part = len(licence) // (len(FACTS) + 1)
+        text = "".join(licence[part * number : part * (number + 1)] + fact for number, fact in enumerate(FACTS))
+        read, nothing = ARMTCache(), ARMTCache()
+        model.read(encode(text + licence[part * len(FACTS) :]), past_key_values=read)
+        model.read(encode(licence), past_key_values=nothing)
+        assert read.segments == [7]
+        told, untold = (
+            {name: self.ask(model, tokenizer, encode(f" Where is {name}?"), cache) for name in PLACES}
+            for cache in (read, nothing)
+        )
+        assert told == PLACES
+        assert untold != PLACES
+
+    @staticmethod
+    def ask(model, tokenizer, question: torch.Tensor, cache: ARMTCache) -> str:
+        ids = model.generate(question, past_key_values=cache.fork(), max_new_tokens=2, do_sample=False)
+        return tokenizer.decode(ids[0, question.shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("path", sorted(CARDS.glob("*/results*/results.json")), ids=lambda path: path.parent.name)
+def test_results_have_what_a_reader_needs_to_trust_them(path: Path):
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert {"device", "versions", "date", "command"} <= results["environment"].keys()
+    for run in results["runs"]:
+        assert run["seed"] is not None
+        assert run["weights"]
+        for entry in run["lengths"]:
+            scores = entry.get("scores") or entry["loss"]
+            assert {"memory", "memory off"} <= scores.keys()
+            for score in scores.values():
+                assert score["low"] <= score["mean"] <= score["high"]
+
+
+def test_no_record_names_a_folder_of_the_machine_it_comes_from():
+    for path in [*CARDS.rglob("*.json"), *CARDS.rglob("*.yaml"), *CARDS.rglob("*.md")]:
+        text = path.read_text(encoding="utf-8")
+        assert "/tmp/" not in text
+        assert "/home/" not in text
