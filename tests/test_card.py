@@ -21,6 +21,7 @@ from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.cli import main
 from modeling_armt.conversion.evaluation.subject import hash_weights
 from modeling_armt.conversion.provenance import describe_backbone
+from modeling_armt.conversion.publishing import tables
 from modeling_armt.conversion.publishing.card import CardError, card_of, render_card
 from modeling_armt.conversion.publishing.facts import gather
 from modeling_armt.conversion.publishing.folders import FolderError, inspect_folder
@@ -174,6 +175,17 @@ class TestText:
     def test_names_the_backbone_and_its_licence(self, card):
         assert "[bob/llama](https://huggingface.co/bob/llama)" in card
         assert "apache-2.0, holds for this model too" in card
+
+    def test_tells_of_the_text_around_the_facts_once(self):
+        notes = {"4k": (10_000, False), "8k": (10_000, False), "64k": (10_000, True), "0k": None}
+        found = [
+            {"length": length, "background": note and dict(zip(("unique_tokens", "repeated"), note, strict=True))}
+            for length, note in notes.items()
+        ]
+        assert tables.backgrounds({"runs": [{"lengths": found}, {"lengths": found}]}) == [
+            "4k, 8k: 10,000 different background tokens, none of them repeated.",
+            "64k: 10,000 different background tokens, repeated to that length.",
+        ]
 
     def test_shows_the_plots(self, card):
         assert "![score by length](score_by_length.png)" in card

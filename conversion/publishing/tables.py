@@ -102,14 +102,15 @@ def health(run: dict[str, Any]) -> tuple[str, list[Row]]:
 
 
 def backgrounds(results: dict[str, Any]) -> list[str]:
-    """One sentence a length about the text around the facts."""
-    notes = {}
+    """What there is to say of the text around the facts, a sentence for all lengths of which it holds."""
+    lengths: dict[str, dict[str, None]] = {}
     for entry, _ in by_length(results):
         background = entry.get("background")
         if background:
             again = "repeated to that length" if background["repeated"] else "none of them repeated"
-            notes[entry["length"]] = f"{number(background['unique_tokens'])} different background tokens, {again}"
-    return [f"{length}: {note}." for length, note in notes.items()]
+            note = f"{number(background['unique_tokens'])} different background tokens, {again}."
+            lengths.setdefault(note, {})[entry["length"]] = None
+    return [f"{', '.join(of)}: {note}" for note, of in lengths.items()]
 
 
 def by_length(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
