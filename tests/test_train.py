@@ -35,6 +35,7 @@ from modeling_armt.conversion.convert import convert
 from modeling_armt.conversion.demo import BACKBONE
 from modeling_armt.conversion.tasks import load_task
 from modeling_armt.conversion.tasks.associative_retrieval import AssociativeRetrieval
+from modeling_armt.conversion.training import batches as batches_module
 from modeling_armt.conversion.training.batches import StageBatches, load_batches
 from modeling_armt.conversion.training.collating import collate
 from modeling_armt.conversion.training.curriculum import Curriculum
@@ -235,6 +236,12 @@ class TestBatches:
     @pytest.mark.parametrize("workers", [0, 2])
     def test_begin_anywhere(self, workers):
         assert self.same(self.batches(20)[7:], self.batches(13, workers, first=7))
+
+    def test_a_worker_that_is_stuck_is_an_error(self, monkeypatch):
+        monkeypatch.setattr(batches_module, "PATIENCE", 1)
+        stuck = {"background": lambda tokens, rng: time.sleep(60), "background_lengths": [8], "background_share": 1.0}
+        with pytest.raises(RuntimeError, match="timed out after 1 seconds"):
+            self.batches(1, workers=1, **stuck)
 
     def test_are_shared_by_processes(self):
         whole = self.batches(6)
