@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +14,12 @@ from hypothesis import settings
 from transformers import PreTrainedModel
 
 from modeling_armt import ARMTCache
+
+
+def users_environment(**more: str) -> dict[str, str]:
+    """The environment of a process as a user would start it, without what conftest.py sets, and with `more`."""
+    own = ("ATEN_CPU_CAPABILITY", "TORCHINDUCTOR_CACHE_DIR")
+    return {name: value for name, value in os.environ.items() if name not in own} | more
 
 
 def examples(count: int) -> settings:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES, tiny_backbone
+from helpers import users_environment
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
@@ -34,9 +35,8 @@ REPORT = re.compile(
 
 def armt(*arguments: str | Path, **options) -> subprocess.CompletedProcess:
     """The command in a process of its own."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("ATEN_CPU_CAPABILITY", None)  # as a user would run it
     command = [sys.executable, "-m", "modeling_armt.conversion", *map(str, arguments)]
+    environment = users_environment(OMP_NUM_THREADS="1")
     return subprocess.run(command, env=environment, capture_output=True, text=True, **options)
 
 

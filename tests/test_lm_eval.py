@@ -6,13 +6,13 @@ is told otherwise. An ARMT model reads on where the backbone ends, so it has to 
 """
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import users_environment
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from modeling_armt import ARMTForCausalLM
@@ -122,8 +122,7 @@ def lm_eval(folder: Path, checkpoint: Path, *model_args: str, task: str) -> floa
     arguments = ",".join([f"pretrained={checkpoint}", "trust_remote_code=True", *model_args])
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", arguments]
     command += ["--include_path", str(folder), "--tasks", task, "--batch_size", "8", "--output_path", "out"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HOME": str(folder / "cache")}
-    environment.pop("ATEN_CPU_CAPABILITY", None)
+    environment = users_environment(CUDA_VISIBLE_DEVICES="", HF_HOME=str(folder / "cache"))
     subprocess.run(command, cwd=folder, env=environment, check=True)
     results = sorted(folder.glob("out/**/results_*.json"), key=lambda path: path.stat().st_mtime)[-1]
     return json.loads(results.read_text())["results"][task]["exact_match,answer"]

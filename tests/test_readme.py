@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import users_environment
 
 from modeling_armt.conversion.convert import convert
 from modeling_armt.conversion.demo import BACKBONE
@@ -18,8 +19,7 @@ README = Path(__file__).parent.parent / "README.md"
 def test_python_blocks_run_in_order(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 4
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    environment.pop("ATEN_CPU_CAPABILITY", None)  # as a user would run it
+    environment = users_environment(HF_MODULES_CACHE=str(tmp_path / "modules"))
     result = subprocess.run(
         [sys.executable, "-c", "\n".join(blocks)], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
