@@ -295,21 +295,21 @@ def test_compiled_diagonals_have_the_gradients_of_the_sequential_schedule(backbo
     "ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"
 )  # peft asks by the old name
 @torch.no_grad()
-def test_reading_between_training_steps_is_the_same_in_both_schedules(backbone_config):
+def test_captured_diagonals_see_what_training_changes(backbone_config):
     model, ids = make_model(backbone_config, torch.bfloat16), random_ids(1, 1000)
     adapted = get_peft_model(model, lora_config(model, r=4)).train()
-    model.compile_armt()
     weights = [weight for name, weight in adapted.named_parameters() if "lora_B" in name]
-    before = None
-    for _ in range(4):  # compiled, captured, replayed, each time with other weights
-        for weight in weights:
-            weight.add_(0.02 * torch.randn_like(weight))
-        with torch.autocast("cuda", torch.bfloat16):
-            plain, fast = (
-                model.read(ids, schedule=schedule).past_key_values.states for schedule in ("sequential", "diagonal")
-            )
-        for layer, state in plain.items():
-            assert (fast[layer].A - state.A).norm() <= 0.15 * state.A.norm()
-        last = plain[len(plain) - 1].A
-        assert before is None or (last - before).norm() > 0.1 * last.norm()
-        before = last
+
+    def last_memory() -> torch.Tensor:
+        with torch.autocast("cuda", torch.bfloat16):  # casts of weights are kept while it lasts
+            return model.read(ids, schedule="diagonal").past_key_values.states[3].A
+
+    model.compile_armt()
+    before = [last_memory() for _ in range(3)][-1]  # compiled, captured, replayed
+    for weight in weights:
+        weight.add_(0.02 * torch.randn_like(weight))
+    after = last_memory()
+    model.compile_armt()  # compiled, nothing captured yet
+    expected = last_memory()
+    assert (after - expected).norm() <= 1e-3 * expected.norm()
+    assert (after - before).norm() > 0.1 * expected.norm()
