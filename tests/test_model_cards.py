@@ -1,6 +1,7 @@
 """model_cards/: what is recorded there is whole, and the trained weights do what is said of them."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -83,5 +84,4 @@ def test_results_have_what_a_reader_needs_to_trust_them(path: Path):
 def test_no_record_names_a_folder_of_the_machine_it_comes_from():
     for path in [*CARDS.rglob("*.json"), *CARDS.rglob("*.yaml"), *CARDS.rglob("*.md")]:
         text = path.read_text(encoding="utf-8")
-        assert "/tmp/" not in text
-        assert "/home/" not in text
+        assert not re.search(r"/(tmp|home|root|work)/", text), path
