@@ -69,8 +69,8 @@ def compute_as_backbone(model: Model) -> None:
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            weight = module.get_base_layer().weight
-            if weight.is_floating_point():
+            weight = getattr(module.get_base_layer(), "weight", None)  # some quantized layers have none
+            if weight is not None and weight.is_floating_point():
                 module.lora_A.to(weight.dtype)
                 module.lora_B.to(weight.dtype)
 
