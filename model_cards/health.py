@@ -134,7 +134,8 @@ def plot(content: dict[str, Any]) -> "plt.Figure":
     for axes in panels[1]:
         axes.set_xlabel(f"segments: {first}, from the dotted line on {second}")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), ncols=8, loc="lower center", fontsize=8, frameon=False)
-    figure.suptitle(f"{content['model']}: health of the memories, the worst of {content['rows']} texts", fontsize=11)
+    texts = f", the worst of {content['rows']} texts" if content["rows"] > 1 else ""
+    figure.suptitle(f"{content['model']}: health of the memories{texts}", fontsize=11)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     return figure
 
