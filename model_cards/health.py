@@ -11,11 +11,7 @@ result is a folder with health.json and health.png.
 """
 
 import argparse
-import datetime
 import json
-import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterator
 from itertools import chain
@@ -34,6 +30,7 @@ import transformers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 from modeling_armt.conversion.checkpoints import armt_model, load_checkpoint  # noqa: E402
+from modeling_armt.conversion.circumstances import circumstances  # noqa: E402
 from modeling_armt.conversion.convert import staged_folder  # noqa: E402
 from modeling_armt.conversion.tasks.associative_retrieval import AssociativeRetrieval  # noqa: E402
 from modeling_armt.conversion.tasks.babi import generate_stories  # noqa: E402
@@ -162,11 +159,7 @@ def main() -> None:
         task = task_for(args.task, parse_options(args.task_option), tokenizer)
         content = {
             "model": args.model.name,
-            "command": shlex.join(["python", *sys.argv]),
-            "date": datetime.date.today().isoformat(),
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
-            "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                         "transformers": transformers.__version__},
+            **circumstances(torch, transformers),
             "write_guard": model.config.write_guard and not args.no_guard,
             "segments": args.segments, "segment_size": model.config.segment_size, "rows": args.rows,
             "seed": args.seed, "texts": TEXTS[args.task],

@@ -6,11 +6,7 @@ adapters, precision and compilation, on random ids with the loss of an answer.
 """
 
 import argparse
-import datetime
 import json
-import platform
-import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +16,7 @@ import transformers
 
 from modeling_armt.conversion.adapters import parameter_groups
 from modeling_armt.conversion.checkpoints import armt_model
+from modeling_armt.conversion.circumstances import circumstances
 from modeling_armt.conversion.training.recipe import Recipe, make_recipe, read_recipe
 from modeling_armt.conversion.training.train import load_model, make_trainable
 
@@ -70,13 +67,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values = read_recipe(args.recipe) | ({} if args.model is None else {"model": args.model})
     recipe = make_recipe(values, str(args.recipe))
-    modules = (torch, transformers, peft)
-    facts = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU",
-        "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in modules},
-    }
+    facts = circumstances(torch, transformers, peft)
     results = []
     for segments in args.segments:
         rows = max(1, min(256, POSITIONS // segments)) if device == "cuda" else 2

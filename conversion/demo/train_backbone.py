@@ -9,13 +9,9 @@ The result is a Hugging Face folder (bf16 weights, tokenizer, training.json, REA
 """
 
 import argparse
-import datetime
 import math
-import platform
 import re
-import shlex
 import shutil
-import sys
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -27,6 +23,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
+from modeling_armt.conversion.circumstances import circumstances
 from modeling_armt.conversion.pretraining import (
     make_llama,
     pack,
@@ -230,10 +227,7 @@ def main() -> None:
     sizes = {name: getattr(args, name) for name in SIZES} | {"vocab": len(tokenizer)}
     modules = (torch, transformers, tokenizers, safetensors)
     facts = {
-        "command": shlex.join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else f"a CPU ({platform.machine()})",
-        "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in modules},
+        **circumstances(*modules, device=args.device),
         "parameters": parameters, **sizes, "batch": args.batch, "lr": args.lr, "repeat_share": args.repeat_share,
         "snippet_min": args.repeat_tokens[0], "snippet_max": args.repeat_tokens[1], "seed": args.seed,
         "novels": len(names), "first_year": min(map(year_of, names)), "last_year": max(map(year_of, names)),

@@ -9,8 +9,6 @@ folder: bf16 weights, tokenizer, training.json, README.md.
 """
 
 import argparse
-import datetime
-import platform
 import shlex
 import sys
 import tempfile
@@ -26,6 +24,7 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_armt.conversion.circumstances import circumstances
 from modeling_armt.conversion.convert import staged_folder
 from modeling_armt.conversion.pretraining import (
     make_llama,
@@ -250,10 +249,7 @@ def make_backbone(args: argparse.Namespace, command: str) -> dict:
         facts |= measure(saved.eval(), task, args)
         modules = (torch, transformers, tokenizers, safetensors)
         facts = {
-            "command": command,
-            "date": datetime.date.today().isoformat(),
-            "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{platform.machine()} CPU",
-            "versions": {"python": platform.python_version()} | {m.__name__: str(m.__version__) for m in modules},
+            **circumstances(*modules, device=args.device, command=command),
             "parameters": saved.num_parameters(),
             **{name: getattr(args, name) for name in SIZES},
             **{name: getattr(args, name) for name in ("task", "batch", "lr", "story_share", "answer_weight", "seed")},
