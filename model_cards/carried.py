@@ -18,6 +18,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +51,8 @@ from modeling_armt.conversion.training.trainer import CurriculumTrainer, trainin
 
 
 CARRIES = ("states", "tokens")
-FEW_SEGMENTS = 8  # so many are trained without recomputing them
+FEW_SEGMENTS = 1  # so many are trained without recomputing them
+MANY_SEGMENTS = 16  # so many are worth a compilation, when they are only read
 EVALUATED_TOKENS = 2**23  # of all rows of a batch
 
 
@@ -140,12 +143,17 @@ class CarriedForCausalLM(ARMTForCausalLM):
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor, schedule: str | None = None) -> SimpleNamespace:
-        """What a `(B, T)` text leaves behind, as `past_key_values`."""
-        size, carried = self.config.segment_size, Carried()
+        """What a `(B, T)` text of whole segments leaves behind, as `past_key_values`."""
+        size, carried = self.config.segment_size, None
+        many = tokens.is_cuda and tokens.shape[1] >= MANY_SEGMENTS * size
+        segment = self.compiled_segment if many else self.segment
         for start in range(0, tokens.shape[1], size):
-            carried = self(tokens[:, start : start + size], past_key_values=carried, logits_to_keep=1, goes_on=True)
-            carried = carried.past_key_values
-        return SimpleNamespace(past_key_values=carried)
+            carried = segment(tokens[:, start : start + size], None, carried, True)[1]
+        return SimpleNamespace(past_key_values=Carried(carried))
+
+    @cached_property
+    def compiled_segment(self) -> Callable:
+        return torch.compile(self.segment, dynamic=False)
 
 
 def load(path: str | Path, carry: str, dtype: torch.dtype | str) -> CarriedForCausalLM:

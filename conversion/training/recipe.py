@@ -129,7 +129,7 @@ class Recipe:
         batch_size: samples of an optimizer step, of all processes together.
         gradient_accumulation: passes in which a process works through its share of the batch.
         bptt_segments: gradients flow back through so many segments at most; None: through all.
-        schedule: of reading, `sequential` or `diagonal`; None: what is faster.
+        schedule: of the samples, `sequential` or `diagonal`; None: what is faster.
         compile: compile the model; the first steps take longer.
         gradient_checkpointing: of segments: less memory, a third more work.
         precision: `float32`; `autocast`, weights in float32 and bfloat16 products; `bfloat16`, the backbone's weights

@@ -118,10 +118,13 @@ class CurriculumTrainer(Trainer):
         return super().compute_loss(model, inputs | how, return_outputs, num_items_in_batch)
 
     def read(self, background: torch.Tensor):
-        """The memory that a `(1, tokens)` text leaves behind, without gradients."""
+        """
+        The memory that a `(1, tokens)` text leaves behind, without gradients: in the schedule that is faster for a
+        single row, whichever the recipe has for its batches.
+        """
         self.model.train()
         with self.accelerator.autocast():
-            return armt_model(self.model).read(background, schedule=self.recipe.schedule).past_key_values
+            return armt_model(self.model).read(background).past_key_values
 
     def distill(self, model, plain: torch.Tensor) -> None:
         """Gradients of the divergence from the untouched backbone on `(B, T)` text no longer than a segment."""
