@@ -258,6 +258,21 @@ def test_pairs_fill_the_length_and_vary_only_in_training():
     assert {len(ids) for ids in ids_of(take(fixed.train(24), 50))} == {24}
 
 
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_a_training_sample_may_have_more_questions(rewrite):
+    """Each is of a pair of the sample, of all of them before one comes again, and has a loss."""
+    task = load_task("associative_retrieval", questions=5, segment_size=6, rewrite=rewrite, vary=False)
+    for sample in take(task.train(task.length(3)), 200):
+        ids, labels = (np.array(sample[name] + 2 * [task.pad_token_id]) for name in ("input_ids", "labels"))
+        pairs, questions = ids.reshape(-1, 6)[:3], ids.reshape(-1, 6)[3:]
+        newest = {key: value for key, value in pairs[:, [0, 2]].tolist()}
+        assert [newest[key] for key in questions[:, 0].tolist()] == questions[:, 2].tolist()
+        assert rewrite or set(questions[:3, 0]) == set(newest)
+        assert (questions[:, 1] == task.gen_token_id).all() and len(questions) == 5
+        assert (labels.reshape(-1, 6)[3:, 2:4] == questions[:, 2:4]).all() and (labels[:18] == -100).all()
+    assert {len(ids) for ids in ids_of(task.test(task.length(3), 9))} == {task.length(3)}
+
+
 def test_short_samples_have_one_side_whatever_the_longest_is():
     task = load_task("associative_retrieval")
     trained = set(ids_of(take(task.train(4 * 6), 3000)))

@@ -19,7 +19,7 @@ COLUMNS = 4096  # that are hashed at a time
 class AssociativeRetrieval(Task):
     """
     Token ids are the symbols themselves, without a tokenizer: `key SEP value EOS` for each pair, `key GEN value EOS`
-    at the end. The loss is on the last value and EOS.
+    at the end. The loss is on this value and EOS.
 
     In *remember* all keys differ. In *rewrite* a key may come again with another value, and the last one counts.
 
@@ -30,6 +30,8 @@ class AssociativeRetrieval(Task):
         segment_size: tokens that a pair takes up, with PAD behind it; by default `pair_size`, so that nothing stands
             between pairs. A model with segments of this size has one pair in each.
         vary: training samples have 1 to `pairs` pairs, each number as often as another.
+        questions: of a training sample, which is longer by what is more than one; each stands where a pair could, and
+            has a loss. Validation and test samples have one.
 
     Attributes:
         pair_size: key, value and two special tokens; the question with its answer is as long.
@@ -54,11 +56,12 @@ class AssociativeRetrieval(Task):
         rewrite: bool = False,
         segment_size: int | None = None,
         vary: bool = True,
+        questions: int = 1,
     ):
-        if min(key_size, value_size, pairs or 1) < 1:
-            raise ValueError("key_size, value_size and pairs must be at least 1.")
+        if min(key_size, value_size, pairs or 1, questions) < 1:
+            raise ValueError("key_size, value_size, pairs and questions must be at least 1.")
         self.key_size, self.value_size, self.pairs = key_size, value_size, pairs
-        self.rewrite, self.vary = rewrite, vary
+        self.rewrite, self.vary, self.questions = rewrite, vary, questions
         self.pair_size = key_size + value_size + 2
         self.max_new_tokens = value_size + 1
         self.segment_size = segment_size or self.pair_size
@@ -130,11 +133,12 @@ class AssociativeRetrieval(Task):
 
     def _samples(self, rng: np.random.Generator, pairs: int, side: str, vary: bool) -> Samples:
         body_size = pairs * self.segment_size
+        questions = self.questions if side == "train" else 1
         # The same start for every number of pairs, so that a short sample has one side whatever the longest is.
         weights = np.random.default_rng(0).integers(2**63, size=self.pair_size + body_size, dtype=np.uint64) | 1
         while True:
             counts = rng.integers(1, pairs + 1, ROWS) if vary else np.full(ROWS, pairs)
-            body, query, told = self._rows(rng, pairs, counts)
+            body, query, told, more = self._rows(rng, pairs, counts, questions - 1)
             mixed = ((query + 1).astype(np.uint64) * weights[: self.pair_size]).sum(1, dtype=np.uint64)
             for first in range(0, body_size, COLUMNS):
                 part = body[:, first : first + COLUMNS] + 1
@@ -142,14 +146,19 @@ class AssociativeRetrieval(Task):
                 mixed += part.astype(np.uint64) @ weights[self.pair_size + first :][: part.shape[1]]
             sides = np.maximum((mixed >> np.uint64(40)).astype(np.int64) % 10 - 7, 0)
             for row in np.flatnonzero(sides == SIDES.index(side)):
-                ids = np.concatenate([body[row, : counts[row] * self.segment_size], query[row]])
+                size = counts[row] * self.segment_size
+                ids = np.concatenate([body[row, :size], more[row], query[row]])
                 prompt_length = len(ids) - self.value_size - 1
                 answer = ids[prompt_length:].tolist()
+                labels = np.full(len(ids), -100)
+                for start in range(size, len(ids), self.segment_size):
+                    told_at = slice(start + self.key_size + 1, start + self.pair_size)
+                    labels[told_at] = ids[told_at]
                 start = int(told[row] * self.segment_size)
                 last = int((counts[row] - 1) * self.segment_size) + self.key_size + 1
                 yield {
                     "input_ids": ids.tolist(),
-                    "labels": [-100] * prompt_length + answer,
+                    "labels": labels.tolist(),
                     "prompt_length": prompt_length,
                     "answer": " ".join(map(str, answer)),
                     "distances": [prompt_length - start - self.pair_size],
@@ -157,8 +166,11 @@ class AssociativeRetrieval(Task):
                     "last_value": ids[last : last + self.value_size + 1].tolist(),
                 }
 
-    def _rows(self, rng: np.random.Generator, pairs: int, counts: np.ndarray) -> tuple[np.ndarray, ...]:
-        """`(rows, pairs * segment_size)` pairs, `(rows, pair_size)` questions, `(rows,)` pairs that answer them."""
+    def _rows(self, rng: np.random.Generator, pairs: int, counts: np.ndarray, more: int) -> tuple[np.ndarray, ...]:
+        """
+        `(rows, pairs * segment_size)` pairs, `(rows, pair_size)` questions, `(rows,)` pairs that answer them, and
+        `(rows, more * segment_size)` more questions.
+        """
         rows, each = len(counts), np.arange(len(counts))
         keys = self._draw_keys(rng, rows, pairs)
         values = rng.integers(self.symbols, size=(rows, pairs, self.value_size))
@@ -166,7 +178,21 @@ class AssociativeRetrieval(Task):
         same = (keys == asked[:, None]) & (np.arange(pairs) < counts[:, None])
         told = pairs - 1 - same[:, ::-1].argmax(1)
         query = self._pairs(asked, self.gen_token_id, values[each, told])
-        return self._padded_pairs(keys, values), query, told
+        also = self._more_questions(rng, keys, values, counts, more)
+        return self._padded_pairs(keys, values), query, told, also
+
+    def _more_questions(
+        self, rng: np.random.Generator, keys: np.ndarray, values: np.ndarray, counts: np.ndarray, more: int
+    ) -> np.ndarray:
+        """For as many of the first `counts` pairs as there can be, in any order; then for them again."""
+        if not more:
+            return np.empty((len(keys), 0), dtype=np.int16)
+        each, there = np.arange(len(keys))[:, None], np.arange(keys.shape[1]) < counts[:, None]
+        order = np.where(there, rng.random(keys.shape), 2).argsort(1)
+        asked = keys[each, order[each, np.arange(more) % counts[:, None]]]
+        same = (keys[:, None] == asked[..., None]) & there[:, None]
+        told = keys.shape[1] - 1 - same[..., ::-1].argmax(-1)
+        return self._padded_pairs(asked, values[each, told], self.gen_token_id)
 
     def _draw_keys(self, rng: np.random.Generator, rows: int, pairs: int) -> np.ndarray:
         if self.rewrite:
@@ -177,9 +203,9 @@ class AssociativeRetrieval(Task):
             return np.take_along_axis(chosen, rng.random((rows, pairs)).argsort(1), 1)
         return order.argsort(1)
 
-    def _padded_pairs(self, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    def _padded_pairs(self, keys: np.ndarray, values: np.ndarray, separator: int = sep_token_id) -> np.ndarray:
         body = np.full((*keys.shape, self.segment_size), self.pad_token_id, dtype=np.int16)
-        body[..., : self.pair_size] = self._pairs(keys, self.sep_token_id, values)
+        body[..., : self.pair_size] = self._pairs(keys, separator, values)
         return body.reshape(len(keys), -1)
 
     def _pairs(self, keys: np.ndarray, separator: int, values: np.ndarray) -> np.ndarray:
