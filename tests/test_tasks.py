@@ -265,7 +265,7 @@ def test_a_training_sample_may_have_more_questions(rewrite):
     for sample in take(task.train(task.length(3)), 200):
         ids, labels = (np.array(sample[name] + 2 * [task.pad_token_id]) for name in ("input_ids", "labels"))
         pairs, questions = ids.reshape(-1, 6)[:3], ids.reshape(-1, 6)[3:]
-        newest = {key: value for key, value in pairs[:, [0, 2]].tolist()}
+        newest = dict(pairs[:, [0, 2]].tolist())
         assert [newest[key] for key in questions[:, 0].tolist()] == questions[:, 2].tolist()
         assert rewrite or set(questions[:3, 0]) == set(newest)
         assert (questions[:, 1] == task.gen_token_id).all() and len(questions) == 5
