@@ -260,7 +260,7 @@ def test_pairs_fill_the_length_and_vary_only_in_training():
 
 @pytest.mark.parametrize("rewrite", [False, True])
 def test_a_training_sample_may_have_more_questions(rewrite):
-    """Each is of a pair of the sample, of all of them before one comes again, and has a loss."""
+    """Each is for a pair of the sample, for all of them before one comes again, and has a loss."""
     task = load_task("associative_retrieval", questions=5, segment_size=6, rewrite=rewrite, vary=False)
     for sample in take(task.train(task.length(3)), 200):
         ids, labels = (np.array(sample[name] + 2 * [task.pad_token_id]) for name in ("input_ids", "labels"))

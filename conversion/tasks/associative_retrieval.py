@@ -174,21 +174,30 @@ class AssociativeRetrieval(Task):
         rows, each = len(counts), np.arange(len(counts))
         keys = self._draw_keys(rng, rows, pairs)
         values = rng.integers(self.symbols, size=(rows, pairs, self.value_size))
-        asked = keys[each, rng.integers(counts)]
+        last = rng.integers(counts)
+        asked = keys[each, last]
         same = (keys == asked[:, None]) & (np.arange(pairs) < counts[:, None])
         told = pairs - 1 - same[:, ::-1].argmax(1)
         query = self._pairs(asked, self.gen_token_id, values[each, told])
-        also = self._more_questions(rng, keys, values, counts, more)
+        also = self._more_questions(rng, keys, values, counts, last, more)
         return self._padded_pairs(keys, values), query, told, also
 
     def _more_questions(
-        self, rng: np.random.Generator, keys: np.ndarray, values: np.ndarray, counts: np.ndarray, more: int
+        self,
+        rng: np.random.Generator,
+        keys: np.ndarray,
+        values: np.ndarray,
+        counts: np.ndarray,
+        last: np.ndarray,
+        more: int,
     ) -> np.ndarray:
-        """For as many of the first `counts` pairs as there can be, in any order; then for them again."""
+        """For as many of the first `counts` pairs as there can be, in any order but `last` at last; then again."""
         if not more:
             return np.empty((len(keys), 0), dtype=np.int16)
         each, there = np.arange(len(keys))[:, None], np.arange(keys.shape[1]) < counts[:, None]
-        order = np.where(there, rng.random(keys.shape), 2).argsort(1)
+        order = np.where(there, rng.random(keys.shape), 2)
+        order[each, last[:, None]] = 1
+        order = order.argsort(1)
         asked = keys[each, order[each, np.arange(more) % counts[:, None]]]
         same = (keys[:, None] == asked[..., None]) & there[:, None]
         told = keys.shape[1] - 1 - same[..., ::-1].argmax(-1)
