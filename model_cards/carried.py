@@ -24,7 +24,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import peft
 import torch
+import transformers
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -35,6 +37,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from modeling_armt import ARMTForCausalLM
 from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.checkpoints import check_checkpoint
+from modeling_armt.conversion.circumstances import circumstances
 from modeling_armt.conversion.convert import staged_folder
 from modeling_armt.conversion.evaluation.evaluate import plan_lengths
 from modeling_armt.conversion.evaluation.intervals import interval
@@ -261,6 +264,7 @@ def main() -> None:
     options = parse_options(args.task_option)
     with staged_folder(args.out) as folder:
         result = evaluate(args.checkpoint, args.task, options, args.lengths.split(","), args.samples, args.device)
+        result["environment"] = circumstances(torch, transformers, peft, device=args.device)
         (folder / "results.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 

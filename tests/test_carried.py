@@ -125,4 +125,5 @@ class TestRun:
             script.main()
         found = json.loads((results / "results.json").read_text())
         assert found["seed"] == 3 and found["lengths"][0]["length"] == "0k"
+        assert found["environment"].keys() == {"command", "date", "device", "versions"}
         assert AutoTokenizer.from_pretrained(out).eos_token_id is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import load_script
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_armt import ARMTCache
@@ -71,7 +72,7 @@ class TestQa1:
 def test_results_have_what_a_reader_needs_to_trust_them(path: Path):
     results = json.loads(path.read_text(encoding="utf-8"))
     assert {"device", "versions", "date", "command"} <= results["environment"].keys()
-    for run in results["runs"]:
+    for run in results.get("runs", []):  # carried.py has one, and no memory
         assert run["seed"] is not None
         assert run["weights"]
         for entry in run["lengths"]:
@@ -79,6 +80,18 @@ def test_results_have_what_a_reader_needs_to_trust_them(path: Path):
             assert {"memory", "memory off"} <= scores.keys()
             for score in scores.values():
                 assert score["low"] <= score["mean"] <= score["high"]
+
+
+def test_the_figure_of_qa1_has_all_lengths_and_both_controls_of_training():
+    figure = load_script("babilong/figure.py").draw()
+    (axes,) = figure.axes
+    assert {tick.get_text() for tick in axes.get_xticklabels()} >= {"0k", "128k", "1M"}
+    lines = [line.get_label() for line in axes.get_lines()]
+    assert {name: lines.count(name) for name in ("memory", "memory off", "states carried, seed 0")} == {
+        "memory": 3,
+        "memory off": 3,
+        "states carried, seed 0": 1,
+    }
 
 
 def test_no_record_names_a_folder_of_the_machine_it_comes_from():

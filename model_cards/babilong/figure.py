@@ -1,0 +1,66 @@
+"""
+The figure of the card: right answers from 0k to 1M, of the three seeds, under the controls, and of what was trained by
+the same recipe with correction off and with states carried instead of remembered.
+
+    python model_cards/babilong/figure.py
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from modeling_armt.conversion.evaluation.controls import CONTROLS, MEMORY
+from modeling_armt.conversion.evaluation.plots import COLORS, GRAY, draw_line
+
+
+HERE = Path(__file__).parent
+TRAINED = 32 * 512  # tokens of the longest samples of the recipe
+PAPER = {"64k": 1.0, "128k": 0.999, "500k": 0.993, "1M": 0.985}  # arXiv 2407.04841, GPT-2 of 137 million parameters
+
+
+def lengths_by_seed(*folders: str) -> dict[int, list[dict[str, Any]]]:
+    """The entries of several results, by seed."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for folder in folders:
+        for run in json.loads((HERE / folder / "results.json").read_text(encoding="utf-8"))["runs"]:
+            found.setdefault(run["seed"], []).extend(run["lengths"])
+    return found
+
+
+def draw() -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(9.2, 4.8), layout="constrained")
+    seeds = lengths_by_seed("results", "results-long")
+    place = {entry["length"]: max(entry["tokens"], 300) for entry in seeds[0]}  # 0k has no place on this axis
+    for name in reversed([MEMORY, *CONTROLS.values()][:4]):
+        for number, entries in enumerate(seeds.values()):
+            scored = [entry for entry in entries if name in entry["scores"]]
+            scores = [entry["scores"][name] for entry in scored]
+            draw_line(axes, [place[entry["length"]] for entry in scored], scores, name, number)
+    others = {"correction off, seed 0": ("#1d4e89", []), "states carried, seed 0": ("#4a4a4a", [])}
+    for (_, points), folder in zip(others.values(), ("results-uncorrected", "results-carried"), strict=True):
+        content = json.loads((HERE / folder / "results.json").read_text(encoding="utf-8"))
+        for entry in content["lengths"] if "lengths" in content else content["runs"][0]["lengths"]:
+            points.append((place[entry["length"]], entry["score"] if "score" in entry else entry["scores"][MEMORY]))
+    for name, (color, points) in others.items():
+        draw_line(axes, [x for x, _ in points], [score for _, score in points], name, 3, color)
+    axes.plot([place[length] for length in PAPER], list(PAPER.values()), ":", color=GRAY, lw=1.5)
+    axes.axvline(TRAINED, color=GRAY, lw=1, ls="--")
+    axes.text(TRAINED * 1.04, 0.66, "trained to here", fontsize=8, color=GRAY)
+    axes.set(xscale="log", ylim=(-0.02, 1.04), ylabel="share of right answers", xlabel="length")
+    axes.set_xticks(list(place.values()), list(place))
+    axes.minorticks_off()
+    axes.grid(axis="y", color="#dddddd", lw=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    colors = {name: COLORS[name] for name in (MEMORY, *CONTROLS.values()) if name != CONTROLS["backbone"]}
+    colors |= {name: color for name, (color, _) in others.items()}
+    handles = [plt.Line2D([], [], color=color, marker="o", ms=4, label=name) for name, color in colors.items()]
+    handles.append(plt.Line2D([], [], color=GRAY, ls=":", label="the paper, GPT-2 137M"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    axes.set_title("BABILong qa1: right answers by length, three seeds, with 95% intervals", fontsize=11, loc="left")
+    return figure
+
+
+if __name__ == "__main__":
+    draw().savefig(HERE / "score_by_length.png", dpi=150)
