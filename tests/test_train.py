@@ -346,6 +346,13 @@ class TestRun:
         summary = train(recipe(stages=[{"length": 8, "max_steps": 2}, {"length": 8, "max_steps": 1, "batch_size": 6}]))
         assert summary["tokens"] == (2 * 4 + 6) * 8
 
+    def test_a_stage_has_its_rate_from_its_first_step_on(self, recipe, tmp_path):
+        first = {"pairs": 1, "max_steps": 2}
+        train(recipe(stages=[first], out=tmp_path / "before"))
+        train(recipe(stages=[first, {"pairs": 2, "max_steps": 2, "lr_scale": 0.0}]))
+        before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("before", "out"))
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
     @pytest.mark.parametrize(
         "changes",
         [

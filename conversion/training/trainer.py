@@ -160,6 +160,9 @@ class CurriculumTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_score": score, f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.curriculum.started == self.state.global_step:  # for the scheduler it was still the stage before
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * self.curriculum.rate(self.state.global_step)
         return metrics
 
 
