@@ -42,6 +42,7 @@ from modeling_armt.conversion.convert import staged_folder
 from modeling_armt.conversion.evaluation.evaluate import plan_lengths
 from modeling_armt.conversion.evaluation.intervals import interval
 from modeling_armt.conversion.evaluation.measure import default_count
+from modeling_armt.conversion.evaluation.subject import compute_as_backbone
 from modeling_armt.conversion.tasks.options import parse_options, task_for
 from modeling_armt.conversion.training.checkpointing import last_checkpoint, partial_folder
 from modeling_armt.conversion.training.collating import collate
@@ -147,11 +148,11 @@ class CarriedForCausalLM(ARMTForCausalLM):
     @torch.no_grad()
     def read(self, tokens: torch.Tensor, schedule: str | None = None) -> SimpleNamespace:
         """What a `(B, T)` text of whole segments leaves behind, as `past_key_values`."""
-        size, carried = self.config.segment_size, None
-        many = tokens.is_cuda and tokens.shape[1] >= MANY_SEGMENTS * size
-        segment = self.compiled_segment if many else self.segment
-        for start in range(0, tokens.shape[1], size):
-            carried = segment(tokens[:, start : start + size], None, carried, True)[1]
+        first, *others = tokens.split(self.config.segment_size, dim=1)
+        segment = self.compiled_segment if tokens.is_cuda and len(others) >= MANY_SEGMENTS else self.segment
+        carried = self.segment(first, None, None, True)[1]
+        for ids in others:
+            carried = segment(ids, None, carried, True)[1]
         return SimpleNamespace(past_key_values=Carried(carried))
 
     @cached_property
@@ -202,6 +203,7 @@ def evaluate(
     training = json.loads((path / "training.json").read_text(encoding="utf-8"))
     base, _ = check_checkpoint(path)
     model = PeftModel.from_pretrained(load(base, training["carry"], "auto"), str(path)).to(device).eval()
+    compute_as_backbone(model)
     task = task_for(task_name, options, AutoTokenizer.from_pretrained(path))
     result = {"checkpoint": path.name, "seed": training["seed"], "carry": training["carry"], "lengths": []}
     for length, tokens in plan_lengths(task, lengths).items():

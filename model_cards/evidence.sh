@@ -9,7 +9,7 @@
 #     backbone         the backbone, for BACKBONE_MINUTES (default 4)
 #     speed            tokens a second at 1, 8 and 32 segments
 #     train:SEED       qa1 by its recipe: its stages are the gates
-#     evaluate:RUN     qa1 to 128k with all controls (RUN is a run of train, or uncorrected:0)
+#     evaluate:RUN     qa1 to 128k with all controls (RUN is qa1-SEED, or uncorrected-SEED)
 #     long:RUN         qa1 to 1M, SAMPLES each (default 1000), with memory, off and swapped
 #     join:NAME        results-NAME-0, -1 and -2 as results-NAME, all seeds in one figure
 #     uncorrected:SEED, carried:SEED    the same recipe with correction off, and with states carried instead of A

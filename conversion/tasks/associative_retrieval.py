@@ -31,7 +31,8 @@ class AssociativeRetrieval(Task):
             between pairs. A model with segments of this size has one pair in each.
         vary: training samples have 1 to `pairs` pairs, each number as often as another.
         questions: of a training sample, which is longer by what is more than one; each stands where a pair could, and
-            has a loss. Validation and test samples have one.
+            has a loss. Validation and test samples have one. The last one decides on which side a sample is, so that a
+            test sample of few pairs may be part of a training sample.
 
     Attributes:
         pair_size: key, value and two special tokens; the question with its answer is as long.

@@ -38,13 +38,14 @@ def draw() -> plt.Figure:
             scored = [entry for entry in entries if name in entry["scores"]]
             scores = [entry["scores"][name] for entry in scored]
             draw_line(axes, [place[entry["length"]] for entry in scored], scores, name, number)
-    others = {"correction off, seed 0": ("#1d4e89", []), "states carried, seed 0": ("#4a4a4a", [])}
-    for (_, points), folder in zip(others.values(), ("results-uncorrected", "results-carried"), strict=True):
-        content = json.loads((HERE / folder / "results.json").read_text(encoding="utf-8"))
-        for entry in content["lengths"] if "lengths" in content else content["runs"][0]["lengths"]:
-            points.append((place[entry["length"]], entry["score"] if "score" in entry else entry["scores"][MEMORY]))
+    off = lengths_by_seed("results-uncorrected", "results-uncorrected-64k", "results-uncorrected-128k")[0]
+    carried = json.loads((HERE / "results-carried" / "results.json").read_text(encoding="utf-8"))["lengths"]
+    others = {
+        "correction off, seed 0": ("#1d4e89", [(entry["length"], entry["scores"][MEMORY]) for entry in off]),
+        "states carried, seed 0": ("#4a4a4a", [(entry["length"], entry["score"]) for entry in carried]),
+    }
     for name, (color, points) in others.items():
-        draw_line(axes, [x for x, _ in points], [score for _, score in points], name, 3, color)
+        draw_line(axes, [place[length] for length, _ in points], [score for _, score in points], name, 3, color)
     axes.plot([place[length] for length in PAPER], list(PAPER.values()), ":", color=GRAY, lw=1.5)
     axes.axvline(TRAINED, color=GRAY, lw=1, ls="--")
     axes.text(TRAINED * 1.04, 0.66, "trained to here", fontsize=8, color=GRAY)
