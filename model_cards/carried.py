@@ -146,7 +146,7 @@ class CarriedForCausalLM(ARMTForCausalLM):
         return CausalLMOutputWithPast(loss=loss / count, past_key_values=past)
 
     @torch.no_grad()
-    def read(self, tokens: torch.Tensor, schedule: str | None = None) -> SimpleNamespace:
+    def read(self, tokens: torch.Tensor) -> SimpleNamespace:
         """What a `(B, T)` text of whole segments leaves behind, as `past_key_values`."""
         first, *others = tokens.split(self.config.segment_size, dim=1)
         segment = self.compiled_segment if tokens.is_cuda and len(others) >= MANY_SEGMENTS else self.segment

@@ -95,6 +95,13 @@ class TestModel:
         assert gradients[0].abs().max() > 0
         torch.testing.assert_close(*gradients)
 
+    @torch.no_grad()
+    def test_compiled_segments_carry_the_same(self, script, base, ids):
+        model = script.load(base, "states", torch.float32).eval()
+        carried = model.segment(ids[:, :SEGMENT], None, None, True)[1]
+        arguments = (ids[:, SEGMENT : 2 * SEGMENT], None, carried, True)
+        torch.testing.assert_close(model.compiled_segment(*arguments), model.segment(*arguments))
+
 
 class TestRun:
     @pytest.mark.parametrize("carry", ["states", "tokens"])

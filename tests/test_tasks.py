@@ -260,7 +260,7 @@ def test_pairs_fill_the_length_and_vary_only_in_training():
 
 @pytest.mark.parametrize("rewrite", [False, True])
 def test_a_training_sample_may_have_more_questions(rewrite):
-    """Each is for a pair of the sample, for all of them before one comes again, and has a loss."""
+    """Each is for a pair of the sample, for all of them before one comes again."""
     task = load_task("associative_retrieval", questions=5, segment_size=6, rewrite=rewrite, vary=False)
     for sample in take(task.train(task.length(3)), 200):
         ids, labels = (np.array(sample[name] + 2 * [task.pad_token_id]) for name in ("input_ids", "labels"))
@@ -269,8 +269,21 @@ def test_a_training_sample_may_have_more_questions(rewrite):
         assert [newest[key] for key in questions[:, 0].tolist()] == questions[:, 2].tolist()
         assert rewrite or set(questions[:3, 0]) == set(newest)
         assert (questions[:, 1] == task.gen_token_id).all() and len(questions) == 5
-        assert (labels.reshape(-1, 6)[3:, 2:4] == questions[:, 2:4]).all() and (labels[:18] == -100).all()
+        assert (labels[:18] == -100).all() and (labels[-4:-2] == ids[-4:-2]).all()
     assert {len(ids) for ids in ids_of(task.test(task.length(3), 9))} == {task.length(3)}
+
+
+def test_no_question_of_a_test_sample_has_a_loss_in_training():
+    task = load_task("associative_retrieval", questions=2, vary=False)
+    tested, told = set(ids_of(task.test(task.length(2), 6000))), []
+    for sample in take(task.train(task.length(2)), 6000):
+        ids, labels = sample["input_ids"], sample["labels"]
+        for start in (8, 12):
+            has_loss = labels[start + 2 : start + 4] == ids[start + 2 : start + 4]
+            assert has_loss or labels[start : start + 4] == [-100] * 4
+            told.append((has_loss, tuple(ids[:8] + ids[start : start + 4]) in tested))
+    assert (True, True) not in told and (False, True) in told
+    assert 0.8 < sum(has_loss for has_loss, _ in told) / len(told) < 0.95  # 7 of 10 questions that are not the last
 
 
 def test_short_samples_have_one_side_whatever_the_longest_is():

@@ -31,8 +31,7 @@ class AssociativeRetrieval(Task):
             between pairs. A model with segments of this size has one pair in each.
         vary: training samples have 1 to `pairs` pairs, each number as often as another.
         questions: of a training sample, which is longer by what is more than one; each stands where a pair could, and
-            has a loss. Validation and test samples have one. The last one decides on which side a sample is, so that a
-            test sample of few pairs may be part of a training sample.
+            has a loss, unless a sample with this question alone is one of validation or test. These have one question.
 
     Attributes:
         pair_size: key, value and two special tokens; the question with its answer is as long.
@@ -114,7 +113,8 @@ class AssociativeRetrieval(Task):
     def text(self, rows: int, pairs: int, rng: np.random.Generator, keys: int | None = None) -> np.ndarray:
         """`(rows, pairs * segment_size)` pairs without a question; `keys`: of so many keys, by default of all."""
         drawn = rng.integers(keys or self.keys, size=(rows, pairs))
-        return self._padded_pairs(drawn, rng.integers(self.symbols, size=(rows, pairs, self.value_size)))
+        values = rng.integers(self.symbols, size=(rows, pairs, self.value_size))
+        return self._padded(self._pairs(drawn, self.sep_token_id, values))
 
     @property
     def train_background(self) -> Callable[[int, np.random.Generator], np.ndarray] | None:
@@ -134,27 +134,28 @@ class AssociativeRetrieval(Task):
 
     def _samples(self, rng: np.random.Generator, pairs: int, side: str, vary: bool) -> Samples:
         body_size = pairs * self.segment_size
-        questions = self.questions if side == "train" else 1
         # The same start for every number of pairs, so that a short sample has one side whatever the longest is.
         weights = np.random.default_rng(0).integers(2**63, size=self.pair_size + body_size, dtype=np.uint64) | 1
         while True:
             counts = rng.integers(1, pairs + 1, ROWS) if vary else np.full(ROWS, pairs)
-            body, query, told, more = self._rows(rng, pairs, counts, questions - 1)
-            mixed = ((query + 1).astype(np.uint64) * weights[: self.pair_size]).sum(1, dtype=np.uint64)
+            body, queries, told = self._rows(rng, pairs, counts, self.questions if side == "train" else 1)
+            mixed = ((queries + 1).astype(np.uint64) * weights[: self.pair_size]).sum(-1, dtype=np.uint64)
             for first in range(0, body_size, COLUMNS):
                 part = body[:, first : first + COLUMNS] + 1
                 part *= first + np.arange(part.shape[1]) < counts[:, None] * self.segment_size
-                mixed += part.astype(np.uint64) @ weights[self.pair_size + first :][: part.shape[1]]
+                mixed += (part.astype(np.uint64) @ weights[self.pair_size + first :][: part.shape[1]])[:, None]
             sides = np.maximum((mixed >> np.uint64(40)).astype(np.int64) % 10 - 7, 0)
-            for row in np.flatnonzero(sides == SIDES.index(side)):
+            of_side, asked = sides == SIDES.index(side), self._padded(queries)
+            for row in np.flatnonzero(of_side[:, -1]):
                 size = counts[row] * self.segment_size
-                ids = np.concatenate([body[row, :size], more[row], query[row]])
+                ids = np.concatenate([body[row, :size], asked[row]])
+                ids = ids[: len(ids) - self.segment_size + self.pair_size]
                 prompt_length = len(ids) - self.value_size - 1
                 answer = ids[prompt_length:].tolist()
                 labels = np.full(len(ids), -100)
-                for start in range(size, len(ids), self.segment_size):
-                    told_at = slice(start + self.key_size + 1, start + self.pair_size)
-                    labels[told_at] = ids[told_at]
+                for start in size + self.segment_size * np.flatnonzero(of_side[row]):
+                    value = slice(start + self.key_size + 1, start + self.pair_size)
+                    labels[value] = ids[value]
                 start = int(told[row] * self.segment_size)
                 last = int((counts[row] - 1) * self.segment_size) + self.key_size + 1
                 yield {
@@ -167,42 +168,31 @@ class AssociativeRetrieval(Task):
                     "last_value": ids[last : last + self.value_size + 1].tolist(),
                 }
 
-    def _rows(self, rng: np.random.Generator, pairs: int, counts: np.ndarray, more: int) -> tuple[np.ndarray, ...]:
+    def _rows(
+        self, rng: np.random.Generator, pairs: int, counts: np.ndarray, questions: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """
-        `(rows, pairs * segment_size)` pairs, `(rows, pair_size)` questions, `(rows,)` pairs that answer them, and
-        `(rows, more * segment_size)` more questions.
+        `(rows, pairs * segment_size)` pairs, `(rows, questions, pair_size)` questions, and `(rows,)` pairs that answer
+        the last of them.
         """
-        rows, each = len(counts), np.arange(len(counts))
-        keys = self._draw_keys(rng, rows, pairs)
-        values = rng.integers(self.symbols, size=(rows, pairs, self.value_size))
-        last = rng.integers(counts)
-        asked = keys[each, last]
-        same = (keys == asked[:, None]) & (np.arange(pairs) < counts[:, None])
-        told = pairs - 1 - same[:, ::-1].argmax(1)
-        query = self._pairs(asked, self.gen_token_id, values[each, told])
-        also = self._more_questions(rng, keys, values, counts, last, more)
-        return self._padded_pairs(keys, values), query, told, also
+        each = np.arange(len(counts))[:, None]
+        keys = self._draw_keys(rng, len(counts), pairs)
+        values = rng.integers(self.symbols, size=(len(counts), pairs, self.value_size))
+        asked = keys[each, self._draw_asked(rng, pairs, counts, questions)]
+        same = (keys[:, None] == asked[..., None]) & (np.arange(pairs) < counts[:, None, None])
+        told = pairs - 1 - same[..., ::-1].argmax(-1)
+        queries = self._pairs(asked, self.gen_token_id, values[each, told])
+        return self._padded(self._pairs(keys, self.sep_token_id, values)), queries, told[:, -1]
 
-    def _more_questions(
-        self,
-        rng: np.random.Generator,
-        keys: np.ndarray,
-        values: np.ndarray,
-        counts: np.ndarray,
-        last: np.ndarray,
-        more: int,
-    ) -> np.ndarray:
-        """For as many of the first `counts` pairs as there can be, in any order but `last` at last; then again."""
-        if not more:
-            return np.empty((len(keys), 0), dtype=np.int16)
-        each, there = np.arange(len(keys))[:, None], np.arange(keys.shape[1]) < counts[:, None]
-        order = np.where(there, rng.random(keys.shape), 2)
-        order[each, last[:, None]] = 1
-        order = order.argsort(1)
-        asked = keys[each, order[each, np.arange(more) % counts[:, None]]]
-        same = (keys[:, None] == asked[..., None]) & there[:, None]
-        told = keys.shape[1] - 1 - same[..., ::-1].argmax(-1)
-        return self._padded_pairs(asked, values[each, told], self.gen_token_id)
+    def _draw_asked(self, rng: np.random.Generator, pairs: int, counts: np.ndarray, questions: int) -> np.ndarray:
+        """`(rows, questions)` of the first `counts` pairs, in any order; all of them before one comes again."""
+        last = rng.integers(counts)[:, None]
+        if questions == 1:
+            return last
+        order = np.where(np.arange(pairs) < counts[:, None], rng.random((len(counts), pairs)), 2)
+        np.put_along_axis(order, last, 1, 1)  # behind all others that there are
+        others = np.take_along_axis(order.argsort(1), np.arange(questions - 1) % counts[:, None], 1)
+        return np.concatenate([others, last], axis=1)
 
     def _draw_keys(self, rng: np.random.Generator, rows: int, pairs: int) -> np.ndarray:
         if self.rewrite:
@@ -213,10 +203,11 @@ class AssociativeRetrieval(Task):
             return np.take_along_axis(chosen, rng.random((rows, pairs)).argsort(1), 1)
         return order.argsort(1)
 
-    def _padded_pairs(self, keys: np.ndarray, values: np.ndarray, separator: int = sep_token_id) -> np.ndarray:
-        body = np.full((*keys.shape, self.segment_size), self.pad_token_id, dtype=np.int16)
-        body[..., : self.pair_size] = self._pairs(keys, separator, values)
-        return body.reshape(len(keys), -1)
+    def _padded(self, pairs: np.ndarray) -> np.ndarray:
+        """`(rows, number * segment_size)` for `(rows, number, pair_size)` pairs or questions."""
+        body = np.full((*pairs.shape[:2], self.segment_size), self.pad_token_id, dtype=np.int16)
+        body[..., : self.pair_size] = pairs
+        return body.reshape(len(pairs), -1)
 
     def _pairs(self, keys: np.ndarray, separator: int, values: np.ndarray) -> np.ndarray:
         """`(..., pair_size)` tokens of `(...)` keys and `(..., value_size)` values."""
