@@ -17,7 +17,10 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
 
 
 def load_checkpoint(
-    path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device | None = None
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    trainable: bool = False,
 ) -> tuple[ARMTForCausalLM | PeftModel, PreTrainedTokenizerBase | None]:
     """
     Loads a checkpoint to use it.
@@ -26,6 +29,7 @@ def load_checkpoint(
         path: folder or Hub id of an ARMT checkpoint, or of a PEFT adapter whose base is one.
         dtype: of the backbone; `auto` keeps the checkpoint's. Memories are float32, or float64 with it.
         device: where to; by default the GPU if there is one.
+        trainable: whether an adapter shall get gradients.
 
     Returns:
         The model in eval mode, a `PeftModel` for an adapter, and its tokenizer, which is the base's if the adapter has
@@ -53,7 +57,7 @@ def load_checkpoint(
     tokenizer = load_tokenizer(base)
     if adapter is not None:
         try:
-            model = PeftModel.from_pretrained(model, name)
+            model = PeftModel.from_pretrained(model, name, is_trainable=trainable)
         except Exception as error:
             raise ValueError(f"the adapter {name} does not load on its base {base}: {error}") from error
         tokenizer = load_tokenizer(name) or tokenizer

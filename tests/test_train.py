@@ -423,6 +423,45 @@ class TestAdapters:
         }  # fmt: skip
         assert not any("memory" in name for name in trained)
 
+    def test_an_adapter_is_trained_on(self, recipe, words, tmp_path):
+        """Same base, same adapter: it begins where the run before ended, and only it and the memory change."""
+        changes = self.CHANGES | {"lora": {"r": 4, "alpha": 4}}
+        train(recipe(model=words, out=tmp_path / "first", **changes))
+        made = recipe(model=tmp_path / "first", out=tmp_path / "second", **changes)
+        first, _ = load_checkpoint(tmp_path / "first", device="cpu")
+        start = make_trainable(made, load_model(made)[0], [48])
+        fresh = recipe(model=words, **changes)
+        trained = {name for name, weight in start.named_parameters() if weight.requires_grad}
+        assert trained == {
+            name for name, weight in make_trainable(fresh, load_model(fresh)[0], [48]).named_parameters()
+            if weight.requires_grad
+        }  # fmt: skip
+        ids = torch.arange(100).reshape(1, 100) % 50
+        with torch.no_grad():
+            logits = [model.eval()(ids, use_cache=False).logits for model in (start, first)]
+        torch.testing.assert_close(*logits, atol=1e-6, rtol=0)
+        train(made)
+        config = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(words)
+        before, after = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("first", "second"))
+        assert before.keys() == after.keys()
+        assert not any(torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
+
+    @pytest.mark.parametrize(
+        ("change", "error"),
+        [
+            ({"method": "full"}, "is an adapter: train it with the method lora, or merge it into its base first"),
+            ({"lora": {"r": 4}}, "has r 16, the recipe 4: they must agree"),
+            ({"lora": {"alpha": 8}}, "has alpha 32, the recipe 8: they must agree"),
+            ({"lora": {"dropout": 0.5}}, r"has dropout 0.0, the recipe 0.5: they must agree"),
+        ],
+    )
+    def test_an_adapter_is_trained_on_as_it_is(self, recipe, words, tmp_path, change, error):
+        train(recipe(model=words, out=tmp_path / "first", **self.CHANGES))
+        with pytest.raises(ValueError, match=error):
+            train(recipe(model=tmp_path / "first", out=tmp_path / "second", **self.CHANGES | change))
+        assert not (tmp_path / "second").exists() and not (tmp_path / "second.partial").exists()
+
     def test_rates_and_decay(self, recipe, words, tmp_path):
         made = recipe(model=words, lr=1e-3, memory_lr=1e-2, weight_decay=0.1, **self.CHANGES)
         model, tokenizer = load_model(made)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from ...modeling_armt import ARMTForCausalLM
 from ..adapters import lora_config
-from ..checkpoints import load_checkpoint
+from ..checkpoints import armt_model, load_checkpoint
 from ..convert import staged_folder
 from .checkpointing import last_checkpoint, partial_folder, remove_incomplete
 from .curriculum import Curriculum
@@ -58,7 +58,7 @@ def train(recipe: Recipe, resume: bool = False, command: str | None = None) -> d
     model, tokenizer = load_model(recipe)
     with processes.main_process_first():  # what a task caches is made once
         data = StageData(
-            recipe, model.config.segment_size, tokenizer, processes.process_index, processes.num_processes
+            recipe, armt_model(model).config.segment_size, tokenizer, processes.process_index, processes.num_processes
         )
     set_seed(recipe.seed)
     model = make_trainable(recipe, model, data.segment_sizes)
@@ -123,34 +123,55 @@ def start_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     remove_incomplete(folder)
 
 
-def load_model(recipe: Recipe) -> tuple[ARMTForCausalLM, PreTrainedTokenizerBase | None]:
+def load_model(recipe: Recipe) -> tuple[ARMTForCausalLM | PeftModel, PreTrainedTokenizerBase | None]:
     """The model to start from, on the CPU, in the precision of its weights that the recipe asks for."""
     local = Path(recipe.model)
     name = str(local.resolve()) if local.is_dir() else recipe.model  # an adapter names its base for good
     dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
-    model, tokenizer = load_checkpoint(name, dtype, "cpu")
+    model, tokenizer = load_checkpoint(name, dtype, "cpu", trainable=True)
     if isinstance(model, PeftModel):
-        raise ValueError(f"{recipe.model} is an adapter. Merge it into its base first, and train the result.")
+        check_adapter(recipe, model)
     return model, tokenizer
 
 
-def make_trainable(recipe: Recipe, model: ARMTForCausalLM, segment_sizes: list[int]) -> ARMTForCausalLM | PeftModel:
-    """Adapters, or gradients where the recipe's method wants them, and how they are computed."""
+def check_adapter(recipe: Recipe, model: PeftModel) -> None:
+    """Refuses a recipe that would train something else than the adapter that it starts from."""
+    if recipe.method != "lora":
+        raise ValueError(
+            f"{recipe.model} is an adapter: train it with the method lora, or merge it into its base first "
+            "(armt merge), and train the result."
+        )
+    adapter, lora = model.peft_config[model.active_adapter], recipe.lora
+    for name, has, wanted in (
+        ("r", adapter.r, lora.r),
+        ("alpha", adapter.lora_alpha, lora.alpha),
+        ("dropout", adapter.lora_dropout, lora.dropout),
+    ):
+        if has != wanted:
+            raise ValueError(f"the adapter {recipe.model} has {name} {has}, the recipe {wanted}: they must agree.")
+
+
+def make_trainable(
+    recipe: Recipe, model: ARMTForCausalLM | PeftModel, segment_sizes: list[int]
+) -> ARMTForCausalLM | PeftModel:
+    """Adapters if there are none yet, or gradients where the recipe's method wants them, and how they are computed."""
+    inner = armt_model(model)
     if recipe.compile:
-        model.compile_armt()
+        inner.compile_armt()
     if recipe.method == "lora":
-        if segment_sizes[-1] != model.config.segment_size:
+        if segment_sizes[-1] != inner.config.segment_size:
             raise ValueError(
                 f"the last stage has segments of {segment_sizes[-1]} tokens, but an adapter is read with those of its "
-                f"base, {model.config.segment_size}. End with these, or train with the method full or memory."
+                f"base, {inner.config.segment_size}. End with these, or train with the method full or memory."
             )
-        lora = recipe.lora
-        adapted = get_peft_model(model, lora_config(model, lora.r, lora.alpha, lora_dropout=lora.dropout))
+        lora, adapted = recipe.lora, model
+        if inner is model:
+            adapted = get_peft_model(model, lora_config(model, lora.r, lora.alpha, lora_dropout=lora.dropout))
     else:
         adapted = model.requires_grad_(True)
         model.model.requires_grad_(recipe.method == "full")
     if recipe.gradient_checkpointing:  # transformers renamed it on the way
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        getattr(inner, "activation_checkpointing_enable", inner.gradient_checkpointing_enable)()
     return adapted
 
 
