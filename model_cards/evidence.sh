@@ -9,7 +9,8 @@
 #     backbone         the backbone, for BACKBONE_MINUTES (default 4)
 #     speed            tokens a second at 1, 8 and 32 segments
 #     train:SEED       qa1 by its recipe: its stages are the gates
-#     evaluate:RUN     qa1 to 128k with all controls (RUN is qa1-SEED, or uncorrected-SEED)
+#     evaluate:RUN     qa1 to 128k with all controls (RUN is qa1-SEED, far-SEED or uncorrected-SEED)
+#     far:SEED         goes on from qa1-SEED, after texts of up to 1M
 #     long:RUN         qa1 to 1M, SAMPLES each (default 1000), with memory, off and swapped
 #     join:NAME        results-NAME-0, -1 and -2 as results-NAME, all seeds in one figure
 #     uncorrected:SEED, carried:SEED    the same recipe with correction off, and with states carried instead of A
@@ -90,6 +91,11 @@ for step in "$@"; do
         [ -d "qa1-$of" ] || armt train "qa1-base-$of" --recipe "${RECIPE:-$HERE/babilong/qa1.yaml}" --seed "$of" \
             --out "qa1-$of" --resume
         stages "qa1-$of"
+        ;;
+    far)
+        [ -d "far-$of" ] || armt train "qa1-$of" --recipe "$HERE/babilong/qa1_far.yaml" --seed "$of" --out "far-$of" \
+            --resume
+        stages "far-$of"
         ;;
     join)
         [ -d "results-$of" ] || join "$of"

@@ -286,6 +286,28 @@ def test_no_question_of_a_test_sample_has_a_loss_in_training():
     assert 0.8 < sum(has_loss for has_loss, _ in told) / len(told) < 0.95  # 7 of 10 questions that are not the last
 
 
+@pytest.mark.parametrize("rewrite", [False, True])
+def test_keys_of_a_sample_may_have_few_symbols(rewrite):
+    task = load_task("associative_retrieval", key_size=3, key_symbols=2, rewrite=rewrite)
+    used = set()
+    for sample in take(task.train(task.length(8)), 500) + list(task.test(task.length(8), 500)):
+        pairs = np.array(sample["input_ids"][: -task.pair_size]).reshape(-1, task.pair_size)
+        keys = list(map(tuple, pairs[:, :3]))
+        symbols = frozenset(pairs[:, :3].ravel().tolist())
+        assert len(symbols) <= 2 and (rewrite or len(set(keys)) == len(keys))
+        used |= {symbols} if len(symbols) == 2 else set()
+    assert len(used) == 16 * 15 / 2
+    assert rewrite or len(set(keys)) == 8
+
+
+def test_few_symbols_must_make_enough_keys():
+    with pytest.raises(ValueError, match="there are only 8 of key_size 3 and 2 symbols"):
+        load_task("associative_retrieval", key_size=3, key_symbols=2, pairs=9)
+    for wrong in (0, 17):
+        with pytest.raises(ValueError, match=f"key_symbols is {wrong}; it must be from 1 to 16"):
+            load_task("associative_retrieval", key_symbols=wrong)
+
+
 def test_short_samples_have_one_side_whatever_the_longest_is():
     task = load_task("associative_retrieval")
     trained = set(ids_of(take(task.train(4 * 6), 3000)))

@@ -32,6 +32,8 @@ class AssociativeRetrieval(Task):
         vary: training samples have 1 to `pairs` pairs, each number as often as another.
         questions: of a training sample, which is longer by what is more than one; each stands where a pair could, and
             has a loss, unless a sample with this question alone is one of validation or test. These have one question.
+        key_symbols: of which the keys of a sample are made, by default all, others in each. With fewer, more of its
+            keys differ in one symbol, or in their order alone.
 
     Attributes:
         pair_size: key, value and two special tokens; the question with its answer is as long.
@@ -57,6 +59,7 @@ class AssociativeRetrieval(Task):
         segment_size: int | None = None,
         vary: bool = True,
         questions: int = 1,
+        key_symbols: int | None = None,
     ):
         if min(key_size, value_size, pairs or 1, questions) < 1:
             raise ValueError("key_size, value_size, pairs and questions must be at least 1.")
@@ -67,14 +70,17 @@ class AssociativeRetrieval(Task):
         self.segment_size = segment_size or self.pair_size
         if self.segment_size < self.pair_size:
             raise ValueError(f"segment_size is {segment_size}, but a pair has {self.pair_size} tokens.")
-        self.keys = self.symbols**key_size
+        self.key_symbols = self.symbols if key_symbols is None else key_symbols
+        if not 1 <= self.key_symbols <= self.symbols:
+            raise ValueError(f"key_symbols is {key_symbols}; it must be from 1 to {self.symbols}.")
+        self.keys = self.key_symbols**key_size
         self._check_keys(pairs or 1)
 
     def _check_keys(self, pairs: int) -> None:
         if pairs > self.keys and not self.rewrite:
             raise ValueError(
                 f"{pairs} pairs need as many different keys, but there are only {self.keys} of key_size "
-                f"{self.key_size}. Use fewer pairs, longer keys, or rewrite=True."
+                f"{self.key_size} and {self.key_symbols} symbols. Use fewer pairs, longer keys, or rewrite=True."
             )
 
     def length(self, pairs: int) -> int:
@@ -112,7 +118,7 @@ class AssociativeRetrieval(Task):
 
     def text(self, rows: int, pairs: int, rng: np.random.Generator, keys: int | None = None) -> np.ndarray:
         """`(rows, pairs * segment_size)` pairs without a question; `keys`: of so many keys, by default of all."""
-        drawn = rng.integers(keys or self.keys, size=(rows, pairs))
+        drawn = rng.integers(keys or self.symbols**self.key_size, size=(rows, pairs))
         values = rng.integers(self.symbols, size=(rows, pairs, self.value_size))
         return self._padded(self._pairs(drawn, self.sep_token_id, values))
 
@@ -195,6 +201,19 @@ class AssociativeRetrieval(Task):
         return np.concatenate([others, last], axis=1)
 
     def _draw_keys(self, rng: np.random.Generator, rows: int, pairs: int) -> np.ndarray:
+        """`(rows, pairs)` keys, as numbers with a digit for each symbol."""
+        numbers = self._draw_numbers(rng, rows, pairs)
+        if self.key_symbols == self.symbols:
+            return numbers
+        chosen = rng.permuted(np.tile(np.arange(self.symbols), (rows, 1)), axis=1)
+        keys = np.zeros_like(numbers)
+        for place in range(self.key_size):
+            digits = numbers // self.key_symbols**place % self.key_symbols
+            keys += np.take_along_axis(chosen, digits, 1) * self.symbols**place
+        return keys
+
+    def _draw_numbers(self, rng: np.random.Generator, rows: int, pairs: int) -> np.ndarray:
+        """`(rows, pairs)` of the numbers below `keys`, which differ in a row unless the task is rewrite."""
         if self.rewrite:
             return rng.integers(self.keys, size=(rows, pairs))
         order = rng.random((rows, self.keys), dtype=np.float32)
