@@ -9,8 +9,7 @@
 #     backbone         the backbone, for BACKBONE_MINUTES (default 4)
 #     speed            tokens a second at 1, 8 and 32 segments
 #     train:SEED       qa1 by its recipe: its stages are the gates
-#     evaluate:RUN     qa1 to 128k with all controls (RUN is qa1-SEED, far-SEED or uncorrected-SEED)
-#     far:SEED         goes on from qa1-SEED, after texts of up to 1M
+#     evaluate:RUN     qa1 to 128k with all controls (RUN is qa1-SEED, or uncorrected-SEED)
 #     long:RUN         qa1 to 1M, SAMPLES each (default 1000), with memory, off and swapped
 #     join:NAME        results-NAME-0, -1 and -2 as results-NAME, all seeds in one figure
 #     uncorrected:SEED, carried:SEED    the same recipe with correction off, and with states carried instead of A
@@ -20,7 +19,8 @@
 #     remember:SEED, rewrite:SEED           associative retrieval
 #     remember-off:SEED, rewrite-off:SEED   with correction off
 #     rewrite-long:SEED                     goes on from rewrite:SEED, after pairs written before
-#     pairs:NAME       what all seeds of NAME, one of these five, recall
+#     remember-50:SEED                      goes on from remember:SEED, with at most 50 pairs
+#     pairs:NAME       what all seeds of NAME, one of these six, recall
 #     health:RUN       the memories of qa1-SEED over 20,000 segments, of rewrite-SEED over 100,000
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -92,11 +92,6 @@ for step in "$@"; do
             --out "qa1-$of" --resume
         stages "qa1-$of"
         ;;
-    far)
-        [ -d "far-$of" ] || armt train "qa1-$of" --recipe "$HERE/babilong/qa1_far.yaml" --seed "$of" --out "far-$of" \
-            --resume
-        stages "far-$of"
-        ;;
     join)
         [ -d "results-$of" ] || join "$of"
         ;;
@@ -148,10 +143,10 @@ for step in "$@"; do
             --seed "$of" --out "$name-$of" --resume
         stages "$name-$of"
         ;;
-    rewrite-long)
-        [ -d "rewrite-long-$of" ] || armt train "rewrite-$of" --recipe "$HERE/associative_retrieval/rewrite_long.yaml" \
-            --seed "$of" --out "rewrite-long-$of" --resume
-        stages "rewrite-long-$of"
+    rewrite-long | remember-50)
+        [ -d "$name-$of" ] || armt train "${name%-*}-$of" --recipe "$HERE/associative_retrieval/${name/-/_}.yaml" \
+            --seed "$of" --out "$name-$of" --resume
+        stages "$name-$of"
         ;;
     pairs)
         case $of in
