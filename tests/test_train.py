@@ -423,19 +423,20 @@ class TestAdapters:
         }  # fmt: skip
         assert not any("memory" in name for name in trained)
 
-    def test_an_adapter_is_trained_on(self, recipe, words, tmp_path):
-        """Same base, same adapter: it begins where the run before ended, and only it and the memory change."""
+    def test_an_adapter_is_trained_further(self, recipe, words, tmp_path):
+        """Same base, same adapter: it begins where the run before ended, and LoRA and memory go on changing."""
         changes = self.CHANGES | {"lora": {"r": 4, "alpha": 4}}
         train(recipe(model=words, out=tmp_path / "first", **changes))
-        made = recipe(model=tmp_path / "first", out=tmp_path / "second", **changes)
+        made, fresh = (
+            recipe(model=tmp_path / "first", out=tmp_path / "second", **changes),
+            recipe(model=words, **changes),
+        )
+        start, new = (make_trainable(of, load_model(of)[0], [48]) for of in (made, fresh))
+        trained, expected = (
+            {name for name, weight in model.named_parameters() if weight.requires_grad} for model in (start, new)
+        )
+        assert trained == expected
         first, _ = load_checkpoint(tmp_path / "first", device="cpu")
-        start = make_trainable(made, load_model(made)[0], [48])
-        fresh = recipe(model=words, **changes)
-        trained = {name for name, weight in start.named_parameters() if weight.requires_grad}
-        assert trained == {
-            name for name, weight in make_trainable(fresh, load_model(fresh)[0], [48]).named_parameters()
-            if weight.requires_grad
-        }  # fmt: skip
         ids = torch.arange(100).reshape(1, 100) % 50
         with torch.no_grad():
             logits = [model.eval()(ids, use_cache=False).logits for model in (start, first)]
@@ -445,21 +446,38 @@ class TestAdapters:
         assert config["base_model_name_or_path"] == str(words)
         before, after = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("first", "second"))
         assert before.keys() == after.keys()
-        assert not any(torch.equal(before[name], after[name]) for name in before if "lora_B" in name)
+        assert not any(
+            torch.equal(before[name], after[name]) for name in before if "lora_" in name or "memory" in name
+        )
 
-    @pytest.mark.parametrize(
-        ("change", "error"),
-        [
-            ({"method": "full"}, "is an adapter: train it with the method lora, or merge it into its base first"),
-            ({"lora": {"r": 4}}, "has r 16, the recipe 4: they must agree"),
-            ({"lora": {"alpha": 8}}, "has alpha 32, the recipe 8: they must agree"),
-            ({"lora": {"dropout": 0.5}}, r"has dropout 0.0, the recipe 0.5: they must agree"),
-        ],
-    )
-    def test_an_adapter_is_trained_on_as_it_is(self, recipe, words, tmp_path, change, error):
+    def test_an_adapter_that_is_trained_further_keeps_its_precision(self, recipe, words, tmp_path):
+        changes = self.CHANGES | {"precision": "bfloat16", "gradient_checkpointing": True}
+        train(recipe(model=words, out=tmp_path / "first", **changes))
+        made = recipe(model=tmp_path / "first", out=tmp_path / "second", **changes)
+        saved = load_file(tmp_path / "first" / "adapter_model.safetensors")
+        for name, weight in make_trainable(made, load_model(made)[0], [48]).named_parameters():
+            if weight.requires_grad:
+                assert weight.dtype == torch.float32
+                where = name.replace(".default", "").replace(".modules_to_save", "")
+                assert torch.equal(weight, saved[where].float()), name
+        assert np.isfinite(train(made)["stages"][-1]["loss"])
+
+    def test_an_adapter_is_trained_further_as_it_is(self, recipe, words, tmp_path):
         train(recipe(model=words, out=tmp_path / "first", **self.CHANGES))
-        with pytest.raises(ValueError, match=error):
-            train(recipe(model=tmp_path / "first", out=tmp_path / "second", **self.CHANGES | change))
+        refused = {
+            "train it with the method lora, or merge it into its base first": {"method": "full"},
+            r"other LoRA than the recipe: give the recipe lora: {'r': 16, 'alpha': 32, 'dropout': 0\.0}": {
+                "lora": {"r": 4}
+            },
+        }
+        for error, change in refused.items():
+            with pytest.raises(ValueError, match=error):
+                train(recipe(model=tmp_path / "first", out=tmp_path / "second", **self.CHANGES | change))
+        file = tmp_path / "first" / "adapter_config.json"
+        config = json.loads(file.read_text()) | {"modules_to_save": ["memory_tokens"]}
+        file.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match="not an adapter of LoRA and the memory in full"):
+            train(recipe(model=tmp_path / "first", out=tmp_path / "second", **self.CHANGES))
         assert not (tmp_path / "second").exists() and not (tmp_path / "second.partial").exists()
 
     def test_rates_and_decay(self, recipe, words, tmp_path):
@@ -639,6 +657,15 @@ class TestResume:
         changes = TestAdapters.CHANGES | {"stages": [{"segments": 2, "at_least": 2, "max_steps": 5}]}
         changes |= {"lora": {"dropout": 0.1}}
         changes |= {"model": words, "distillation": {"source": str(texts), "batch_size": 2, "tokens": 20}}
+        undisturbed = train(recipe(**changes, out=tmp_path / "whole"))
+        with interrupted(monkeypatch, step=3):
+            train(recipe(**changes))
+        assert numbers(train(recipe(**changes), resume=True)) == numbers(undisturbed)
+
+    def test_a_run_that_trains_an_adapter_further_resumes_too(self, recipe, words, tmp_path, monkeypatch):
+        changes = TestAdapters.CHANGES | {"stages": [{"segments": 2, "at_least": 2, "max_steps": 5}]}
+        train(recipe(**changes, model=words, out=tmp_path / "first"))
+        changes["model"] = tmp_path / "first"
         undisturbed = train(recipe(**changes, out=tmp_path / "whole"))
         with interrupted(monkeypatch, step=3):
             train(recipe(**changes))

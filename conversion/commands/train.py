@@ -36,7 +36,7 @@ FLAGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "model", nargs="?", help="folder or Hub id of an ARMT checkpoint, or of an adapter to go on with"
+        "model", nargs="?", help="folder or Hub id of an ARMT checkpoint, or of an adapter to train further"
     )
     parser.add_argument("--recipe", type=Path, metavar="F", help="YAML file with everything; options override it")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of a run that was ended")

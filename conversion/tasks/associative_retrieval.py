@@ -32,8 +32,8 @@ class AssociativeRetrieval(Task):
         vary: training samples have 1 to `pairs` pairs, each number as often as another.
         questions: of a training sample, which is longer by what is more than one; each stands where a pair could, and
             has a loss, unless a sample with this question alone is one of validation or test. These have one question.
-        key_symbols: of which the keys of a sample are made, by default all, others in each. With fewer, more of its
-            keys differ in one symbol, or in their order alone.
+        key_symbols: how many symbols the keys of a sample are made of, by default all; drawn anew for each. With
+            few, many keys differ in one symbol, or in their order alone. Pairs before samples have all.
 
     Attributes:
         pair_size: key, value and two special tokens; the question with its answer is as long.

@@ -110,7 +110,7 @@ class Recipe:
     A training run.
 
     Args:
-        model: folder or Hub id of the ARMT checkpoint to start from, or of an adapter on one, which is trained on.
+        model: folder or Hub id of the ARMT checkpoint to start from, or of an adapter to train further.
         task: one of the tasks of `conversion/tasks`.
         out: folder to write.
         task_options: of the task's class.

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 import yaml
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from ...modeling_armt import ARMTForCausalLM
-from ..adapters import lora_config
-from ..checkpoints import armt_model, load_checkpoint
+from ..adapters import MEMORY_MODULES, lora_config
+from ..checkpoints import armt_model, check_checkpoint, load_checkpoint
 from ..convert import staged_folder
 from .checkpointing import last_checkpoint, partial_folder, remove_incomplete
 from .curriculum import Curriculum
 from .data import StageData
-from .recipe import Recipe
+from .recipe import Lora, Recipe
 from .trainer import CurriculumTrainer, training_arguments
 
 
@@ -127,28 +127,35 @@ def load_model(recipe: Recipe) -> tuple[ARMTForCausalLM | PeftModel, PreTrainedT
     """The model to start from, on the CPU, in the precision of its weights that the recipe asks for."""
     local = Path(recipe.model)
     name = str(local.resolve()) if local.is_dir() else recipe.model  # an adapter names its base for good
+    _, adapter = check_checkpoint(name)
+    if adapter is not None:
+        check_adapter(recipe, adapter)
     dtype = torch.bfloat16 if recipe.precision == "bfloat16" else torch.float32
     model, tokenizer = load_checkpoint(name, dtype, "cpu", trainable=True)
     if isinstance(model, PeftModel):
-        check_adapter(recipe, model)
+        config = model.peft_config[model.active_adapter]
+        base = Path(config.base_model_name_or_path)
+        config.base_model_name_or_path = str(base.resolve()) if base.is_dir() else str(base)
     return model, tokenizer
 
 
-def check_adapter(recipe: Recipe, model: PeftModel) -> None:
-    """Refuses a recipe that would train something else than the adapter that it starts from."""
+def check_adapter(recipe: Recipe, adapter: PeftConfig) -> None:
+    """Refuses to train an adapter further by a recipe for another one, or one that leaves the memory as it is."""
     if recipe.method != "lora":
         raise ValueError(
             f"{recipe.model} is an adapter: train it with the method lora, or merge it into its base first "
             "(armt merge), and train the result."
         )
-    adapter, lora = model.peft_config[model.active_adapter], recipe.lora
-    for name, has, wanted in (
-        ("r", adapter.r, lora.r),
-        ("alpha", adapter.lora_alpha, lora.alpha),
-        ("dropout", adapter.lora_dropout, lora.dropout),
-    ):
-        if has != wanted:
-            raise ValueError(f"the adapter {recipe.model} has {name} {has}, the recipe {wanted}: they must agree.")
+    if adapter.peft_type != PeftType.LORA or not set(MEMORY_MODULES) <= set(adapter.modules_to_save or ()):
+        raise ValueError(
+            f"{recipe.model} is not an adapter of LoRA and the memory in full, as armt train writes them. Merge it "
+            "into its base first (armt merge), and train the result."
+        )
+    lora = Lora(adapter.r, adapter.lora_alpha, adapter.lora_dropout)
+    if lora != recipe.lora:
+        raise ValueError(
+            f"the adapter {recipe.model} has other LoRA than the recipe: give the recipe lora: {vars(lora)}."
+        )
 
 
 def make_trainable(
