@@ -10,7 +10,7 @@
 #     speed            tokens a second at 1, 8 and 32 segments
 #     train:SEED       qa1 by its recipe: its stages are the gates
 #     evaluate:RUN     qa1 to 128k with all controls (RUN is qa1-SEED, or uncorrected-SEED)
-#     long:RUN         qa1 to 1M, SAMPLES each (default 1000), with memory, off and swapped
+#     long:RUN         qa1 to 1M, SAMPLES each (default 1000), CONTROLS (default "off swapped"; "deleted" reads twice)
 #     join:NAME        results-NAME-0, -1 and -2 as results-NAME, all seeds in one figure
 #     uncorrected:SEED, carried:SEED    the same recipe with correction off, and with states carried instead of A
 #     measure:SEED     what the carried states recall, to 128k
@@ -113,7 +113,7 @@ for step in "$@"; do
         ;;
     long)
         armt evaluate "$of" "${QA1[@]}" --lengths "${LENGTHS:-500k,1M}" --samples "${SAMPLES:-1000}" \
-            --controls off swapped --compile --out "results-long-$of"
+            --controls ${CONTROLS:-off swapped} --compile --out "results-long-$of"
         ;;
     measure)
         [ -d "results-carried-$of" ] || python "$HERE/carried.py" evaluate "carried-$of" "${QA1[@]}" \
