@@ -135,7 +135,8 @@ def load_model(recipe: Recipe) -> tuple[ARMTForCausalLM | PeftModel, PreTrainedT
     if isinstance(model, PeftModel):
         config = model.peft_config[model.active_adapter]
         base = Path(config.base_model_name_or_path)
-        config.base_model_name_or_path = str(base.resolve()) if base.is_dir() else str(base)
+        if base.is_dir():
+            config.base_model_name_or_path = str(base.resolve())
     return model, tokenizer
 
 
@@ -172,7 +173,7 @@ def make_trainable(
                 f"base, {inner.config.segment_size}. End with these, or train with the method full or memory."
             )
         lora, adapted = recipe.lora, model
-        if inner is model:
+        if not isinstance(model, PeftModel):
             adapted = get_peft_model(model, lora_config(model, lora.r, lora.alpha, lora_dropout=lora.dropout))
     else:
         adapted = model.requires_grad_(True)
