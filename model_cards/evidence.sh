@@ -10,7 +10,7 @@
 #     speed            tokens a second at 1, 8 and 32 segments
 #     train:SEED       qa1 by its recipe: its stages are the gates
 #     evaluate:RUN     qa1 to 128k with all controls (RUN is qa1-SEED, or uncorrected-SEED)
-#     long:RUN         qa1 to 1M, SAMPLES each (default 1000), CONTROLS (default "off swapped"; "deleted" reads twice)
+#     long:RUN         qa1 to 1M, SAMPLES each (default 1000), CONTROLS (default "off swapped"; "deleted" is read anew)
 #     join:NAME        results-NAME-0, -1 and -2 as results-NAME, all seeds in one figure
 #     uncorrected:SEED, carried:SEED    the same recipe with correction off, and with states carried instead of A
 #     measure:SEED     what the carried states recall, to 128k
@@ -61,9 +61,15 @@ import json, sys
 from pathlib import Path
 from modeling_armt.conversion.evaluation.plots import plot_results
 out, *folders = map(Path, sys.argv[1:])
+
+def asked(results):
+    lengths = [(entry["length"], entry["controls"]) for run in results["runs"] for entry in run["lengths"]]
+    return results["request"], lengths
+
 first, *others = (json.loads((folder / "results.json").read_text()) for folder in folders)
+command = asked(first)
 for other in others:
-    if other["request"] != first["request"]:
+    if asked(other) != command:
         sys.exit(f"{folders} are results of different commands")
     first["runs"] += other["runs"]
     first["environment"]["command"] += " && " + other["environment"]["command"]
@@ -109,7 +115,7 @@ for step in "$@"; do
         ;;
     evaluate)
         armt evaluate "$of" "${QA1[@]}" --lengths "${LENGTHS:-0k,1k,4k,8k,16k,32k,64k,128k}" \
-            --samples "${SAMPLES:-1000}" --compile --out "results-$of"
+            --samples "${SAMPLES:-1000}" ${CONTROLS:+--controls $CONTROLS} --compile --out "results-$of"
         ;;
     long)
         armt evaluate "$of" "${QA1[@]}" --lengths "${LENGTHS:-500k,1M}" --samples "${SAMPLES:-1000}" \

@@ -21,7 +21,7 @@ from modeling_armt.conversion.evaluation.batching import even_sizes, halved_if_t
 from modeling_armt.conversion.evaluation.capacity import capacity, stored_pairs
 from modeling_armt.conversion.evaluation.controls import CONTROLS, answer_samples, partners
 from modeling_armt.conversion.evaluation.intervals import interval, intervals, wilson
-from modeling_armt.conversion.evaluation.measure import measure_answers
+from modeling_armt.conversion.evaluation.measure import add_controls, measure_answers
 from modeling_armt.conversion.evaluation.scores import Row, scores_by_distance, summarize_stats
 from modeling_armt.conversion.evaluation.subject import Subject, load_subject
 from modeling_armt.conversion.tasks import load_task
@@ -202,6 +202,54 @@ class TestEntry:
         entry = measure_answers(talks, task, "150", 150, 22, [], None)[0]
         assert [item["depth"] for item in entry["by_depth"]] == [i / 10 for i in range(11)]
         assert all(item["samples"] == 2 for item in entry["by_depth"])
+
+
+class TestAddedControls:
+    @pytest.mark.parametrize("first", [[], ["off"], ["off", "swapped"], ["deleted", "backbone"]])
+    @pytest.mark.parametrize("count", [1, 4])
+    def test_are_those_of_all_at_once(self, random, first, count):
+        task = load_task("associative_retrieval", key_size=2)
+        at = (random, task, f"{count}p", task.length(count))
+        rest = [control for control in ALL if control not in first]
+        whole, all_lines = measure_answers(*at, 12, ALL, 5)
+        before, lines = measure_answers(*at, 12, first, 5)
+        entry, lines = add_controls(random, task, task.length(count), before, lines, rest, 5)
+        assert lines == all_lines
+        assert [list(line["answers"]) for line in lines] == [list(line["answers"]) for line in all_lines]
+        assert list(entry["scores"]) == list(whole["scores"])
+        clocks = {"tokens_per_s", "peak_gib"}
+        assert {name: entry[name] for name in entry.keys() - clocks} == {
+            name: whole[name] for name in whole.keys() - clocks
+        }
+        assert all(entry[name] == before[name] for name in clocks)
+
+    def test_of_samples_in_one_segment_need_no_memory(self, talks):
+        task = load_task("passkey", tokenizer=talks.tokenizer)
+        talks.model.config.segment_size = 512
+        try:
+            samples = list(task.test(80, 3))
+            whole = answer_samples(talks, task, samples, ["off", "swapped"]).texts
+            texts = answer_samples(talks, task, samples, ["off", "swapped"], controls_only=True).texts
+        finally:
+            talks.model.config.segment_size = 32
+        assert texts == {name: whole[name] for name in ("memory off", "memory swapped")}
+
+    @pytest.mark.parametrize(("control", "readings"), [("off", 0), ("deleted", 1), ("swapped", 1)])
+    def test_read_no_more_than_they_need(self, random, control, readings):
+        task = load_task("associative_retrieval")
+        tokens, read = task.length(4), []
+        entry, lines = measure_answers(random, task, "4p", tokens, 6, [], None)
+        add_controls(random, task, tokens, entry, lines, [control], None, read.append)
+        whole = sum((sample["prompt_length"] - 1) // 4 * 4 for sample in task.test(tokens, 6))
+        ends = sum((sample["prompt_length"] - 1) % 4 + 1 for sample in task.test(tokens, 6))
+        assert sum(read) == readings * (whole + ends * (control == "deleted"))
+
+    def test_of_other_samples_are_refused(self, random):
+        task = load_task("associative_retrieval")
+        entry, lines = measure_answers(random, task, "4p", task.length(4), 6, [], None)
+        for other in (lines[::-1], lines[:-1]):
+            with pytest.raises(ValueError, match="its answers at 4p are of other samples"):
+                add_controls(random, task, task.length(4), entry, other, ["off"], None)
 
 
 class TestDistances:

@@ -261,6 +261,48 @@ class TestResume:
         assert read(out)["runs"][0]["lengths"][0] == left["runs"][0]["lengths"][0]
         assert without_clocks(read(out)) == without_clocks(read(whole))
 
+    def test_a_control_can_come_later(self, armt, symbols, tmp_path):
+        out, whole = tmp_path / "out", tmp_path / "whole"
+        arguments = (symbols, *RETRIEVAL, "--lengths", "2p,9p", "--samples", 20)
+        armt(*arguments, "--out", out, "--controls", "off", "swapped")
+        before = read(out)
+        code, _, said = armt(*arguments, "--out", out, "--controls", "off", "deleted")
+        assert code == 0, said
+        armt(*arguments, "--out", whole, "--controls", "off", "swapped", "deleted")
+        found = read(out)
+        assert found["environment"]["command"].count("--controls") == 2
+        for entry, old in zip(found["runs"][0]["lengths"], before["runs"][0]["lengths"], strict=True):
+            assert entry["controls"] == ["off", "swapped", "deleted"]
+            assert {name: entry[name] for name in ("date", "tokens_per_s")} == {
+                name: old[name] for name in ("date", "tokens_per_s")
+            }
+            (added,) = entry.pop("added")
+            assert added["controls"] == ["deleted"] and added["device"] == "CPU" and added["date"] >= old["date"]
+        assert without_clocks(found) == without_clocks(read(whole))
+        for name in ("symbols-2p.jsonl", "symbols-9p.jsonl"):
+            assert (out / "answers" / name).read_text() == (whole / "answers" / name).read_text()
+
+        kept = read(out)["runs"]
+        armt(*arguments, "--out", out, "--controls", "off")
+        assert read(out)["runs"] == kept
+
+    def test_without_its_answers_a_length_is_measured_again(self, armt, symbols, tmp_path):
+        arguments = (symbols, *RETRIEVAL, "--lengths", "2p", "--samples", 20, "--out", tmp_path / "out")
+        armt(*arguments, "--controls", "off", "swapped")
+        (tmp_path / "out" / "answers" / "symbols-2p.jsonl").unlink()
+        armt(*arguments, "--controls", "deleted")
+        (entry,) = read(tmp_path / "out")["runs"][0]["lengths"]
+        assert entry["controls"] == ["off", "swapped", "deleted"] and "added" not in entry
+        assert entry["scores"].keys() == {"memory", "memory off", "memory swapped", "fact deleted"}
+        assert len((tmp_path / "out" / "answers" / "symbols-2p.jsonl").read_text().splitlines()) == 20
+
+    def test_a_control_of_a_loss_can_come_later(self, armt, talks, library, tmp_path):
+        arguments = (talks, "--task", "text", "--task-option", f"source={library}", "--lengths", 100)
+        for controls in (["off"], ["carried"]):
+            armt(*arguments, "--out", tmp_path / "out", "--controls", *controls)
+        armt(*arguments, "--out", tmp_path / "whole", "--controls", "off", "carried")
+        assert without_clocks(read(tmp_path / "out")) == without_clocks(read(tmp_path / "whole"))
+
     def test_a_seed_can_come_later(self, armt, symbols, tmp_path):
         other, out = tmp_path / "other", tmp_path / "out"
         shutil.copytree(symbols, other)
@@ -353,3 +395,14 @@ class TestErrors:
         file = tmp_path / "file"
         file.write_text("")
         assert "is a file; name a folder" in fails(symbols, *RETRIEVAL, "--lengths", "2p", "--out", file)
+
+    def test_of_damaged_answers(self, fails, armt, symbols, out):
+        arguments = (symbols, *RETRIEVAL, "--lengths", "2p", "--out", out, "--samples", 3, "--controls")
+        armt(*arguments, "off")
+        kept = (out / "results.json").read_bytes()
+        answers = out / "answers" / "symbols-2p.jsonl"
+        lines = answers.read_text().splitlines(keepends=True)
+        for damaged, complaint in (("{", "symbols-2p.jsonl is damaged"), (lines[0], "are of other samples")):
+            answers.write_text(damaged)
+            assert complaint in fails(*arguments, "deleted")
+            assert (out / "results.json").read_bytes() == kept

@@ -55,6 +55,7 @@ def answer_samples(
     samples: Sequence[dict[str, Any]],
     controls: Collection[str],
     progress: Callable[[int], Any] = lambda tokens: None,
+    controls_only: bool = False,
 ) -> Answers:
     """
     Reads samples side by side and lets the model answer, with memory and under controls.
@@ -64,6 +65,7 @@ def answer_samples(
         controls: keys of `CONTROLS`. Where no sample has more than one segment there is no memory to switch off or
             to swap, and both answer as the model does.
         progress: called with numbers of tokens, as whole texts are read.
+        controls_only: leave out the answers with memory, and do not read for them what no control needs.
     """
     size, stop_ids = subject.segment_size, subject.stop_ids
     limits = (size, task.max_new_tokens, stop_ids)
@@ -71,26 +73,31 @@ def answer_samples(
     bodies, ends = split(prompts, size)
     several = any(map(len, bodies))
     result = Answers()
+    texts: dict[str, list[list[int] | None]] = {}
 
-    started = now(subject)
-    memory = read(subject, bodies, progress)
-    ids = answer(subject.model, ends, memory.fork(), *limits, progress)
-    result.seconds = now(subject) - started
-    result.tokens = sum(map(len, prompts)) + sum(map(len, ids))
-    result.stats = memory.stats()
-    texts = {MEMORY: ids}
+    def answer_on_nothing() -> list[list[int]]:
+        return texts[MEMORY] if MEMORY in texts and not several else answer(subject.model, ends, ARMTCache(), *limits)
 
+    if not controls_only or "swapped" in controls:
+        started = now(subject)
+        memory = read(subject, bodies, progress)
+        if not controls_only:
+            texts[MEMORY] = ids = answer(subject.model, ends, memory.fork(), *limits, progress)
+            result.seconds = now(subject) - started
+            result.tokens = sum(map(len, prompts)) + sum(map(len, ids))
+            result.stats = memory.stats()
+        if "swapped" in controls and several:
+            others = partners(samples)
+            memory.batch_select_indices(
+                torch.tensor([row if other is None else other for row, other in others.items()])
+            )
+            ids = answer(subject.model, ends, memory, *limits)
+            texts[CONTROLS["swapped"]] = [None if others[row] is None else ids[row] for row in others]
+        elif "swapped" in controls:
+            texts[CONTROLS["swapped"]] = answer_on_nothing()
+        del memory
     if "off" in controls:
-        texts[CONTROLS["off"]] = answer(subject.model, ends, ARMTCache(), *limits) if several else ids
-    if "swapped" in controls and not several:
-        texts[CONTROLS["swapped"]] = ids
-    elif "swapped" in controls:
-        others = partners(samples)
-        swapped = memory.fork()
-        swapped.batch_select_indices(torch.tensor([row if other is None else other for row, other in others.items()]))
-        ids = answer(subject.model, ends, swapped, *limits)
-        texts[CONTROLS["swapped"]] = [None if others[row] is None else ids[row] for row in others]
-    del memory
+        texts[CONTROLS["off"]] = answer_on_nothing()
     if "deleted" in controls and any(len(sample["fact_spans"]) for sample in samples):
         without, without_ends = split([task.prompt_without_facts(sample) for sample in samples], size)
         texts[CONTROLS["deleted"]] = answer(
@@ -98,8 +105,14 @@ def answer_samples(
         )
     if "backbone" in controls:
         texts[CONTROLS["backbone"]] = answer_by_backbone(subject, task, prompts)
-    result.texts = {name: [None if row is None else task.decode(row) for row in rows] for name, rows in texts.items()}
+    for name in in_order(texts):
+        result.texts[name] = [None if row is None else task.decode(row) for row in texts[name]]
     return result
+
+
+def in_order(names: Collection[str]) -> list[str]:
+    """Memory and controls as results list them."""
+    return [name for name in (MEMORY, *CONTROLS.values()) if name in names]
 
 
 def split(prompts: Sequence[np.ndarray], segment_size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -14,7 +14,7 @@ from ..checkpoints import check_checkpoint
 from ..tasks import Task
 from ..tasks.options import task_for
 from .capacity import capacity
-from .measure import controls_of, default_count, measure_answers, measure_losses
+from .measure import add_controls, controls_of, default_count, measure_answers, measure_losses
 from .plots import plot_results
 from .progress import progress_bar, say_done
 from .results import Results
@@ -41,7 +41,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """
     Evaluates checkpoints on the test side of a task, and writes `results.json` and plots. What is in the folder
-    already is kept, and not measured again.
+    already is kept, and not measured again: neither lengths, nor controls of a length.
 
     Args:
         checkpoints: folders or Hub ids, see [`load_checkpoint`]; several are seeds of one recipe.
@@ -77,8 +77,10 @@ def evaluate(
     check_fits(subject, made)
     controls = choose_controls(made, controls)
     plan = plan_lengths(made, lengths)
-    request = {"task": task, "options": options, "samples": samples, "controls": controls}
+    request = {"task": task, "options": options, "samples": samples}
     results = Results(out, request, environment(subject, command))
+    # Other lengths, and other controls, may come from another machine on another day.
+    where = {name: results.content["environment"][name] for name in ("device", "date")}
     measure = measure_answers if made.exact else measure_losses
     for path, name in zip(checkpoints, names, strict=True):
         if name != subject.name:
@@ -90,16 +92,26 @@ def evaluate(
                 raise ValueError(f"{name} has another tokenizer than {names[0]}, so their samples would differ.")
         run = results.run(name, subject.training.get("seed"), subject.weights)
         for length, tokens in plan.items():
-            if results.has(run, length):
+            known = results.entry(run, length)
+            there = known["controls"] if known else []
+            missing = [control for control in controls if control not in there]
+            if known and not missing:
                 continue
             started = time.monotonic()
-            total = (samples or default_count(made, tokens)) * tokens * (2 if "deleted" in controls else 1)
+            wanted = [control for control in controls_of(made) if control in (*there, *missing)]
+            # Losses are kept as means only, which nothing can be added to.
+            lines = results.answers(run, length) if known and made.exact else []
+            readings = ("deleted" in missing) + (not lines or "swapped" in missing)
+            total = (samples or default_count(made, tokens)) * tokens * readings
             with progress_bar(f"{name} {length}", total if made.exact and total else None) as advance:
-                arguments = (subject, made, length, tokens, samples, controls, batch_size, advance)
-                entry, answers = measure(*arguments)
-            # Other lengths may come from another machine on another day.
-            entry |= {name: results.content["environment"][name] for name in ("device", "date")}
-            best = capacity([*run["lengths"], entry])
+                if lines:
+                    entry, answers = add_controls(subject, made, tokens, known, lines, missing, batch_size, advance)
+                    entry["added"] = [*known.get("added", ()), {"controls": missing, **where}]
+                else:
+                    entry, answers = measure(subject, made, length, tokens, samples, wanted, batch_size, advance)
+                    entry |= where
+            entry["controls"] = wanted
+            best = capacity([entry, *(other for other in run["lengths"] if other is not known)])
             if best:
                 run["capacity"] = best
             results.add(run, entry, answers)

@@ -9,9 +9,10 @@ import numpy as np
 from ..tasks import Task
 from .batching import in_batches, rows_for
 from .capacity import stored_pairs
-from .controls import CONTROLS, MEMORY, answer_samples
+from .controls import CONTROLS, MEMORY, Answers, answer_samples, in_order
 from .losses import LOSS_CONTROLS, losses_of, rows_with_logits, summarize_losses
 from .scores import (
+    Row,
     answer_lines,
     score_rows,
     scores_by_control,
@@ -58,19 +59,8 @@ def measure_answers(
         Its entry in results.json, and lines for the file of answers.
     """
     count = samples or default_count(task, tokens)
-    if tokens + task.max_new_tokens > subject.context:
-        controls = [control for control in controls if control != "backbone"]
     reset_peak(subject.model.device)
-    rows, stats, seconds, read = [], [], 0.0, 0
-    most = min(count, batch_size or rows_for(subject, max(1, tokens), count))
-
-    def run(part: list[dict[str, Any]]):
-        return answer_samples(subject, task, part, controls, progress)
-
-    for part, answers in in_batches(run, map(without_labels, task.test(tokens, count)), most, count):
-        rows += score_rows(task, part, answers, subject.segment_size)
-        stats.append(answers.stats)
-        seconds, read = seconds + answers.seconds, read + answers.tokens
+    rows, batches = answer_all(subject, task, tokens, count, controls, batch_size, progress)
     scores = scores_by_control(rows)
     entry = {
         "length": length,
@@ -83,14 +73,79 @@ def measure_answers(
         "by_distance": scores_by_distance(rows),
         "by_depth": scores_by_depth(rows),
         "stored_pairs": stored_pairs(task, tokens, scores[MEMORY]),
-        "tokens_per_s": read / seconds,
+        "tokens_per_s": sum(batch.tokens for batch in batches) / sum(batch.seconds for batch in batches),
         "peak_gib": peak_gib(subject.model.device),
-        "stats": summarize_stats(stats),
+        "stats": summarize_stats(batch.stats for batch in batches),
     }
     for name in ("by_depth", "stored_pairs"):  # where a task has no such thing
         if not entry[name]:
             del entry[name]
     return entry, answer_lines(rows)
+
+
+def add_controls(
+    subject: Subject,
+    task: Task,
+    tokens: int,
+    entry: dict[str, Any],
+    lines: Sequence[dict[str, Any]],
+    controls: Sequence[str],
+    batch_size: int | None,
+    progress: Callable[[int], Any] = lambda tokens: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """
+    Controls of a length that was measured without them, so that nothing is read twice.
+
+    Args:
+        tokens: of a sample, as they were for the entry.
+        entry, lines: as [`measure_answers`] returned them.
+        controls, batch_size, progress: as there; none of the entry's own controls.
+
+    Returns:
+        As [`measure_answers`] with the controls of both, but with the speed, the memory and the state of before.
+
+    Raises:
+        ValueError: if the lines are not of the task's samples.
+    """
+    rows, _ = answer_all(subject, task, tokens, entry["samples"], controls, batch_size, progress, controls_only=True)
+    if [same_sample(line) for line in lines] != [same_sample(row.sample) for row in rows]:
+        raise ValueError(f"its answers at {entry['length']} are of other samples.")
+    for row, line in zip(rows, lines, strict=True):
+        texts, scores = line["answers"] | row.texts, line["scores"] | row.scores
+        row.texts = {name: texts[name] for name in in_order(texts)}
+        row.scores = {name: scores[name] for name in in_order(scores)}
+    found = {"scores": scores_by_control(rows), "by_distance": scores_by_distance(rows)}
+    return entry | found, answer_lines(rows)
+
+
+def answer_all(
+    subject: Subject,
+    task: Task,
+    tokens: int,
+    count: int,
+    controls: Sequence[str],
+    batch_size: int | None,
+    progress: Callable[[int], Any],
+    controls_only: bool = False,
+) -> tuple[list[Row], list[Answers]]:
+    """All samples of a length, answered and scored, and the answers of each batch, see [`answer_samples`]."""
+    if tokens + task.max_new_tokens > subject.context:
+        controls = [control for control in controls if control != "backbone"]
+    rows, batches = [], []
+    most = min(count, batch_size or rows_for(subject, max(1, tokens), count))
+
+    def run(part: list[dict[str, Any]]) -> Answers:
+        return answer_samples(subject, task, part, controls, progress, controls_only)
+
+    for part, answers in in_batches(run, map(without_labels, task.test(tokens, count)), most, count):
+        rows += score_rows(task, part, answers, subject.segment_size)
+        batches.append(answers)
+    return rows, batches
+
+
+def same_sample(line: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a sample from another one, of the sample itself or its line in the file of answers."""
+    return str(line["group"]), line["answer"], [int(distance) for distance in line["distances"]]
 
 
 def measure_losses(

@@ -15,9 +15,9 @@ class Results:
 
     Args:
         folder: made if needed.
-        request: what makes results comparable: task, options, numbers of samples, controls. Checkpoints and lengths
+        request: what makes results comparable: task, options, numbers of samples. Checkpoints, lengths and controls
             may be added by later runs.
-        environment: of this run.
+        environment: of this run; its command comes after those of earlier runs.
 
     Attributes:
         content: of the file.
@@ -43,7 +43,9 @@ class Results:
                     )
                     + ". Name another folder, or remove it."
                 )
-            self.content["environment"] = environment
+            commands = [self.content["environment"].get("command"), environment["command"]]
+            commands = " && ".join(dict.fromkeys(filter(None, commands))) or None
+            self.content["environment"] = environment | {"command": commands}
         else:
             self.content = {
                 "task": {"name": request["task"], "options": request["options"]},
@@ -57,7 +59,8 @@ class Results:
     def _read(self) -> dict[str, Any]:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            if not (isinstance(content["request"], dict) and isinstance(content["runs"], list)):
+            kinds = {"request": dict, "environment": dict, "runs": list}
+            if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
                 raise KeyError("runs")
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(
@@ -85,20 +88,33 @@ class Results:
         self.content["runs"].append(run)
         return run
 
-    def has(self, run: dict[str, Any], length: str) -> bool:
-        return any(entry["length"] == length for entry in run["lengths"])
+    def entry(self, run: dict[str, Any], length: str) -> dict[str, Any] | None:
+        """What is known of a length, if anything."""
+        return next((entry for entry in run["lengths"] if entry["length"] == length), None)
+
+    def answers(self, run: dict[str, Any], length: str) -> list[dict[str, Any]]:
+        """The answers that came with a length; none if they are not there any more."""
+        file = self._answers(run, length)
+        try:
+            return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        except FileNotFoundError:
+            return []
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}. Remove it, and the length is measured again.") from error
+
+    def _answers(self, run: dict[str, Any], length: str) -> Path:
+        return self.folder / "answers" / f"{run['checkpoint'].replace('/', '-')}-{length}.jsonl"
 
     def add(self, run: dict[str, Any], entry: dict[str, Any], answers: Sequence[dict[str, Any]] = ()) -> None:
         """
-        Adds a length to a run, in order of tokens, and the answers in a file of their own. The baselines of the whole
-        are those of the longest length.
+        Adds a length to a run, in order of tokens, in place of what there was of it, and the answers in a file of
+        their own. The baselines of the whole are those of the longest length.
         """
         if answers:
-            folder = self.folder / "answers"
-            folder.mkdir(exist_ok=True)
-            name = f"{run['checkpoint'].replace('/', '-')}-{entry['length']}.jsonl"
-            write_whole(folder / name, "".join(json.dumps(finite(line)) + "\n" for line in answers))
-        run["lengths"].append(entry)
+            file = self._answers(run, entry["length"])
+            file.parent.mkdir(exist_ok=True)
+            write_whole(file, "".join(json.dumps(finite(line)) + "\n" for line in answers))
+        run["lengths"] = [other for other in run["lengths"] if other["length"] != entry["length"]] + [entry]
         run["lengths"].sort(key=lambda entry: entry["tokens"])
         entries = [entry for run in self.content["runs"] for entry in run["lengths"]]
         self.content["baselines"] = max(entries, key=lambda entry: entry["tokens"]).get("baselines", {})
