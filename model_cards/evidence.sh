@@ -10,9 +10,9 @@
 #     speed            tokens a second at 1, 8 and 32 segments
 #     train:SEED       qa1 by its recipe: its stages are the gates
 #     evaluate:RUN     qa1 to 128k with all controls (RUN is qa1-SEED, or uncorrected-SEED)
-#     long:RUN         qa1 to 1M, SAMPLES each (default 1000), CONTROLS (default "off swapped"; "deleted" is read anew)
+#     long:RUN         qa1 to 1M, SAMPLES each (default 1000), CONTROLS (default "off swapped deleted"; others may be added)
 #     join:NAME        results-NAME-0, -1 and -2 as results-NAME, all seeds in one figure
-#     uncorrected:SEED, carried:SEED    the same recipe with correction off, and with states carried instead of A
+#     uncorrected:SEED, carried:SEED    with fewer steps, correction off, and with states carried instead of A
 #     measure:SEED     what the carried states recall, to 128k
 #     novels, tokens   language modelling with memory, and with tokens carried
 #     losses           both on the test side
@@ -103,14 +103,14 @@ for step in "$@"; do
         ;;
     uncorrected)
         convert "uncorrected-base-$of" --segment-size 512 --seed "$of" --no-correction
-        [ -d "uncorrected-$of" ] || armt train "uncorrected-base-$of" --recipe "${RECIPE:-$HERE/babilong/qa1.yaml}" \
-            --seed "$of" --out "uncorrected-$of" --resume
+        [ -d "uncorrected-$of" ] || armt train "uncorrected-base-$of" --seed "$of" --out "uncorrected-$of" --resume \
+            --recipe "${RECIPE:-$HERE/babilong/budget.yaml}"
         stages "uncorrected-$of"
         ;;
     carried)
         convert "qa1-base-$of" --segment-size 512 --seed "$of"
         [ -d "carried-$of" ] || python "$HERE/carried.py" train --carry states --model "qa1-base-$of" --seed "$of" \
-            --recipe "${RECIPE:-$HERE/babilong/qa1.yaml}" --out "carried-$of" --resume
+            --recipe "${RECIPE:-$HERE/babilong/budget.yaml}" --out "carried-$of" --resume
         stages "carried-$of"
         ;;
     evaluate)
@@ -119,7 +119,7 @@ for step in "$@"; do
         ;;
     long)
         armt evaluate "$of" "${QA1[@]}" --lengths "${LENGTHS:-500k,1M}" --samples "${SAMPLES:-1000}" \
-            --controls ${CONTROLS:-off swapped} --compile --out "results-long-$of"
+            --controls ${CONTROLS:-off swapped deleted} --compile --out "results-long-$of"
         ;;
     measure)
         [ -d "results-carried-$of" ] || python "$HERE/carried.py" evaluate "carried-$of" "${QA1[@]}" \

@@ -17,6 +17,8 @@ from modeling_armt.conversion.evaluation.plots import COLORS, GRAY, draw_line
 
 HERE = Path(__file__).parent
 TRAINED = 32 * 512  # tokens of the longest samples of the recipe
+UNCORRECTED, CARRIED = "correction off", "states carried"
+OTHERS = {UNCORRECTED: "#1d4e89", CARRIED: "#4a4a4a"}  # trained anew, with their colors
 PAPER = {"64k": 1.0, "128k": 0.999, "500k": 0.993, "1M": 0.985}  # arXiv 2407.04841, GPT-2 of 137 million parameters
 
 
@@ -38,24 +40,24 @@ def draw() -> plt.Figure:
             scored = [entry for entry in entries if name in entry["scores"]]
             scores = [entry["scores"][name] for entry in scored]
             draw_line(axes, [place[entry["length"]] for entry in scored], scores, name, number)
-    off = lengths_by_seed("results-uncorrected", "results-uncorrected-64k", "results-uncorrected-128k")[0]
-    carried = json.loads((HERE / "results-carried" / "results.json").read_text(encoding="utf-8"))["lengths"]
-    others = {
-        "correction off, seed 0": ("#1d4e89", [(entry["length"], entry["scores"][MEMORY]) for entry in off]),
-        "states carried, seed 0": ("#4a4a4a", [(entry["length"], entry["score"]) for entry in carried]),
-    }
-    for name, (color, points) in others.items():
-        draw_line(axes, [place[length] for length, _ in points], [score for _, score in points], name, 3, color)
+    for seed, entries in lengths_by_seed("results-uncorrected").items():
+        scores = [entry["scores"][MEMORY] for entry in entries]
+        draw_line(axes, [place[entry["length"]] for entry in entries], scores, UNCORRECTED, seed, OTHERS[UNCORRECTED])
+    for path in sorted((HERE / "results-carried").glob("results-*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        entries, seed = run["lengths"], run["seed"]
+        scores = [entry["score"] for entry in entries]
+        draw_line(axes, [place[entry["length"]] for entry in entries], scores, CARRIED, seed, OTHERS[CARRIED])
     axes.plot([place[length] for length in PAPER], list(PAPER.values()), ":", color=GRAY, lw=1.5)
     axes.axvline(TRAINED, color=GRAY, lw=1, ls="--")
-    axes.text(TRAINED * 1.04, 0.66, "trained to here", fontsize=8, color=GRAY)
+    axes.text(TRAINED * 1.04, 0.36, "trained to here", fontsize=8, color=GRAY)
     axes.set(xscale="log", ylim=(-0.02, 1.04), ylabel="share of right answers", xlabel="length")
     axes.set_xticks(list(place.values()), list(place))
     axes.minorticks_off()
     axes.grid(axis="y", color="#dddddd", lw=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     colors = {name: COLORS[name] for name in (MEMORY, *CONTROLS.values()) if name != CONTROLS["backbone"]}
-    colors |= {name: color for name, (color, _) in others.items()}
+    colors |= OTHERS
     handles = [plt.Line2D([], [], color=color, marker="o", ms=4, label=name) for name, color in colors.items()]
     handles.append(plt.Line2D([], [], color=GRAY, ls=":", label="the paper, GPT-2 137M"))
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
