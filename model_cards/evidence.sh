@@ -9,10 +9,10 @@
 #     backbone         the backbone, for BACKBONE_MINUTES (default 4)
 #     speed            tokens a second at 1, 8 and 32 segments
 #     train:SEED       qa1 by its recipe: its stages are the gates
-#     evaluate:RUN     qa1 to 128k with all controls (RUN is qa1-SEED, or uncorrected-SEED)
-#     long:RUN         qa1 to 1M, SAMPLES each (default 1000), CONTROLS (default "off swapped deleted"; others may be added)
+#     evaluate:RUN     qa1 to 128k, SAMPLES each (default 1000; RUN is qa1-SEED, or uncorrected-SEED)
+#     long:RUN         qa1 to 1M, the same, under CONTROLS (default "off swapped deleted"; more can be added later)
 #     join:NAME        results-NAME-0, -1 and -2 as results-NAME, all seeds in one figure
-#     uncorrected:SEED, carried:SEED    with fewer steps, correction off, and with states carried instead of A
+#     uncorrected:SEED, carried:SEED    by budget.yaml: with correction off, and with states carried instead of A
 #     measure:SEED     what the carried states recall, to 128k
 #     novels, tokens   language modelling with memory, and with tokens carried
 #     losses           both on the test side
@@ -67,9 +67,9 @@ def asked(results):
     return results["request"], lengths
 
 first, *others = (json.loads((folder / "results.json").read_text()) for folder in folders)
-command = asked(first)
+expected = asked(first)
 for other in others:
-    if asked(other) != command:
+    if asked(other) != expected:
         sys.exit(f"{folders} are results of different commands")
     first["runs"] += other["runs"]
     first["environment"]["command"] += " && " + other["environment"]["command"]
@@ -114,7 +114,8 @@ for step in "$@"; do
         stages "carried-$of"
         ;;
     evaluate)
-        armt evaluate "$of" "${QA1[@]}" --lengths "${LENGTHS:-0k,1k,4k,8k,16k,32k,64k,128k}" \
+        case $of in uncorrected*) some=0k,1k,4k,16k,64k,128k ;; *) some=0k,1k,4k,8k,16k,32k,64k,128k ;; esac
+        armt evaluate "$of" "${QA1[@]}" --lengths "${LENGTHS:-$some}" \
             --samples "${SAMPLES:-1000}" ${CONTROLS:+--controls $CONTROLS} --compile --out "results-$of"
         ;;
     long)

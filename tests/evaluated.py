@@ -103,6 +103,7 @@ def results(folder: Path | None = None) -> dict[str, Any]:
                     "segments": segments,
                     "samples": 1000,
                     "background": background,
+                    "controls": ["off", "swapped", "deleted", "backbone"][: len(scores) - 1],
                     "scores": scores,
                     "by_distance": [{"segments": 1, **score(0.9876)}],
                     "tokens_per_s": 41234.5 + seed,
@@ -113,8 +114,10 @@ def results(folder: Path | None = None) -> dict[str, Any]:
             )
         weights = hash_weights(folder) if folder is not None and seed == 0 else f"{seed:016x}"
         runs.append({"checkpoint": f"seed{seed}", "seed": seed, "weights": weights, "lengths": entries})
+    task = {"name": "babilong", "options": {"task": "qa1", "babi": "/home/ann/babi", "protocol": "base"}}
     return {
-        "task": {"name": "babilong", "options": {"task": "qa1", "babi": "/home/ann/babi", "protocol": "base"}},
+        "task": task,
+        "request": {"task": task["name"], "options": task["options"], "samples": None},
         "environment": {
             "versions": {"torch": "2.13.0"},
             "device": "NVIDIA H200",

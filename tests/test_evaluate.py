@@ -21,7 +21,7 @@ from modeling_armt.conversion.evaluation.batching import even_sizes, halved_if_t
 from modeling_armt.conversion.evaluation.capacity import capacity, stored_pairs
 from modeling_armt.conversion.evaluation.controls import CONTROLS, answer_samples, partners
 from modeling_armt.conversion.evaluation.intervals import interval, intervals, wilson
-from modeling_armt.conversion.evaluation.measure import add_controls, measure_answers
+from modeling_armt.conversion.evaluation.measure import add_controls, applicable, measure_answers
 from modeling_armt.conversion.evaluation.scores import Row, scores_by_distance, summarize_stats
 from modeling_armt.conversion.evaluation.subject import Subject, load_subject
 from modeling_armt.conversion.tasks import load_task
@@ -193,9 +193,8 @@ class TestEntry:
 
     def test_asks_the_backbone_what_fits_its_context_only(self, remembers):
         task = load_task("associative_retrieval")
-        for pairs, fits in ((14, True), (16, False)):
-            entry = measure_answers(remembers, task, "", task.length(pairs), 2, ["backbone"], None)[0]
-            assert ("backbone" in entry["scores"]) is fits
+        assert applicable(remembers, task, task.length(14), ALL) == ALL
+        assert applicable(remembers, task, task.length(16), ALL) == ["off", "swapped", "deleted"]
 
     def test_has_the_grid_of_depths(self, talks):
         task = load_task("passkey", tokenizer=talks.tokenizer)
@@ -213,7 +212,9 @@ class TestAddedControls:
         rest = [control for control in ALL if control not in first]
         whole, all_lines = measure_answers(*at, 12, ALL, 5)
         before, lines = measure_answers(*at, 12, first, 5)
+        before["controls"] = first
         entry, lines = add_controls(random, task, task.length(count), before, lines, rest, 5)
+        assert entry.pop("controls") == first
         assert lines == all_lines
         assert [list(line["answers"]) for line in lines] == [list(line["answers"]) for line in all_lines]
         assert list(entry["scores"]) == list(whole["scores"])
@@ -239,17 +240,31 @@ class TestAddedControls:
         task = load_task("associative_retrieval")
         tokens, read = task.length(4), []
         entry, lines = measure_answers(random, task, "4p", tokens, 6, [], None)
-        add_controls(random, task, tokens, entry, lines, [control], None, read.append)
+        add_controls(random, task, tokens, entry | {"controls": []}, lines, [control], None, read.append)
         whole = sum((sample["prompt_length"] - 1) // 4 * 4 for sample in task.test(tokens, 6))
         ends = sum((sample["prompt_length"] - 1) % 4 + 1 for sample in task.test(tokens, 6))
         assert sum(read) == readings * (whole + ends * (control == "deleted"))
 
-    def test_of_other_samples_are_refused(self, random):
+    def test_leave_out_what_the_entry_does_not_have(self, random):
+        """As after a kill between writing the answers and the entry."""
         task = load_task("associative_retrieval")
+        entry, _ = measure_answers(random, task, "4p", task.length(4), 6, ["off"], None)
+        _, lines = measure_answers(random, task, "4p", task.length(4), 6, ["off", "deleted"], None)
+        entry, lines = add_controls(
+            random, task, task.length(4), entry | {"controls": ["off"]}, lines, ["swapped"], None
+        )
+        names = ["memory", "memory off", "memory swapped"]
+        assert list(entry["scores"]) == names and all(list(line["answers"]) == names for line in lines)
+
+    def test_of_other_samples_are_refused_before_anything_is_read(self, random):
+        task, read = load_task("associative_retrieval"), []
         entry, lines = measure_answers(random, task, "4p", task.length(4), 6, [], None)
         for other in (lines[::-1], lines[:-1]):
-            with pytest.raises(ValueError, match="its answers at 4p are of other samples"):
-                add_controls(random, task, task.length(4), entry, other, ["off"], None)
+            with pytest.raises(ValueError, match="are of other samples. Remove them"):
+                add_controls(
+                    random, task, task.length(4), entry | {"controls": []}, other, ["deleted"], 2, read.append
+                )
+        assert not read
 
 
 class TestDistances:

@@ -21,6 +21,7 @@ from modeling_armt.conversion.demo import BACKBONE
 from modeling_armt.conversion.evaluation.controls import CONTROLS, MEMORY
 from modeling_armt.conversion.evaluation.evaluate import evaluate
 from modeling_armt.conversion.evaluation.plots import score_by_length
+from modeling_armt.conversion.evaluation.results import Results
 from modeling_armt.conversion.files import write_whole
 
 
@@ -261,6 +262,12 @@ class TestResume:
         assert read(out)["runs"][0]["lengths"][0] == left["runs"][0]["lengths"][0]
         assert without_clocks(read(out)) == without_clocks(read(whole))
 
+    def test_names_each_command_once(self, tmp_path):
+        for command in ("armt a", "armt b", None, "armt b", "armt a", "armt c"):
+            results = Results(tmp_path, {"task": "", "options": {}}, {"command": command})
+            results.write()
+        assert read(tmp_path)["environment"]["command"] == "armt a && armt b && armt c"
+
     def test_a_control_can_come_later(self, armt, symbols, tmp_path):
         out, whole = tmp_path / "out", tmp_path / "whole"
         arguments = (symbols, *RETRIEVAL, "--lengths", "2p,9p", "--samples", 20)
@@ -271,26 +278,27 @@ class TestResume:
         armt(*arguments, "--out", whole, "--controls", "off", "swapped", "deleted")
         found = read(out)
         assert found["environment"]["command"].count("--controls") == 2
+        assert "again" not in said
         for entry, old in zip(found["runs"][0]["lengths"], before["runs"][0]["lengths"], strict=True):
             assert entry["controls"] == ["off", "swapped", "deleted"]
-            assert {name: entry[name] for name in ("date", "tokens_per_s")} == {
-                name: old[name] for name in ("date", "tokens_per_s")
-            }
+            assert (entry["date"], entry["tokens_per_s"]) == (old["date"], old["tokens_per_s"])
             (added,) = entry.pop("added")
             assert added["controls"] == ["deleted"] and added["device"] == "CPU" and added["date"] >= old["date"]
         assert without_clocks(found) == without_clocks(read(whole))
         for name in ("symbols-2p.jsonl", "symbols-9p.jsonl"):
             assert (out / "answers" / name).read_text() == (whole / "answers" / name).read_text()
 
-        kept = read(out)["runs"]
-        armt(*arguments, "--out", out, "--controls", "off")
-        assert read(out)["runs"] == kept
+        kept = read(out)
+        for controls in (["off", "deleted"], ["off", "swapped"]):  # all there: neither measured nor written down again
+            armt(*arguments, "--out", out, "--controls", *controls)
+            assert read(out) == kept
 
     def test_without_its_answers_a_length_is_measured_again(self, armt, symbols, tmp_path):
         arguments = (symbols, *RETRIEVAL, "--lengths", "2p", "--samples", 20, "--out", tmp_path / "out")
         armt(*arguments, "--controls", "off", "swapped")
         (tmp_path / "out" / "answers" / "symbols-2p.jsonl").unlink()
-        armt(*arguments, "--controls", "deleted")
+        _, _, said = armt(*arguments, "--controls", "deleted")
+        assert "symbols 2p: measured again, with deleted, since its answers are not there." in said
         (entry,) = read(tmp_path / "out")["runs"][0]["lengths"]
         assert entry["controls"] == ["off", "swapped", "deleted"] and "added" not in entry
         assert entry["scores"].keys() == {"memory", "memory off", "memory swapped", "fact deleted"}
@@ -402,7 +410,13 @@ class TestErrors:
         kept = (out / "results.json").read_bytes()
         answers = out / "answers" / "symbols-2p.jsonl"
         lines = answers.read_text().splitlines(keepends=True)
-        for damaged, complaint in (("{", "symbols-2p.jsonl is damaged"), (lines[0], "are of other samples")):
+        nothing = json.dumps({"answers": {}}) + "\n"
+        for damaged, complaint in (
+            ("{", "symbols-2p.jsonl is damaged (JSONDecodeError"),
+            ("1\n" * 3, "symbols-2p.jsonl is damaged (TypeError"),
+            (nothing * 3, "symbols-2p.jsonl is damaged (KeyError: 'scores')"),
+            (lines[0], "The answers that were kept are of other samples. Remove them"),
+        ):
             answers.write_text(damaged)
             assert complaint in fails(*arguments, "deleted")
             assert (out / "results.json").read_bytes() == kept

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_armt import ARMTCache
 from modeling_armt.conversion.convert import convert
+from modeling_armt.conversion.evaluation.controls import CONTROLS
+from modeling_armt.conversion.evaluation.losses import LOSS_CONTROLS
 from modeling_armt.conversion.merging import merge_adapter
 
 
@@ -85,6 +87,8 @@ def test_results_have_what_a_reader_needs_to_trust_them(path: Path):
         for entry in run["lengths"]:
             scores = entry.get("scores") or entry["loss"]
             assert {"memory", "memory off"} <= scores.keys()
+            names = CONTROLS if "scores" in entry else LOSS_CONTROLS
+            assert {names[control] for control in entry["controls"]} == scores.keys() - {"memory"}
             for score in scores.values():
                 assert score["low"] <= score["mean"] <= score["high"]
 

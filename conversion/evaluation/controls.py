@@ -65,7 +65,7 @@ def answer_samples(
         controls: keys of `CONTROLS`. Where no sample has more than one segment there is no memory to switch off or
             to swap, and both answer as the model does.
         progress: called with numbers of tokens, as whole texts are read.
-        controls_only: leave out the answers with memory, and do not read for them what no control needs.
+        controls_only: no answers with memory; the text is read only where a control needs it.
     """
     size, stop_ids = subject.segment_size, subject.stop_ids
     limits = (size, task.max_new_tokens, stop_ids)

@@ -13,10 +13,9 @@ import torch
 from ..checkpoints import check_checkpoint
 from ..tasks import Task
 from ..tasks.options import task_for
-from .capacity import capacity
-from .measure import add_controls, controls_of, default_count, measure_answers, measure_losses
+from .measure import add_controls, applicable, controls_of, default_count, measure_answers, measure_losses
 from .plots import plot_results
-from .progress import progress_bar, say_done
+from .progress import progress_bar, say_again, say_done
 from .results import Results
 from .subject import Subject, check_fits, distinct_names, load_subject, read_training
 
@@ -41,7 +40,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """
     Evaluates checkpoints on the test side of a task, and writes `results.json` and plots. What is in the folder
-    already is kept, and not measured again: neither lengths, nor controls of a length.
+    already is kept and not measured again. Where a control is added to a length, only what it needs is read if the
+    answers of the length are there; if they are not, and of a loss, the length is measured again.
 
     Args:
         checkpoints: folders or Hub ids, see [`load_checkpoint`]; several are seeds of one recipe.
@@ -80,7 +80,7 @@ def evaluate(
     request = {"task": task, "options": options, "samples": samples}
     results = Results(out, request, environment(subject, command))
     # Other lengths, and other controls, may come from another machine on another day.
-    where = {name: results.content["environment"][name] for name in ("device", "date")}
+    where = {name: results.content["environment"][name] for name in ("device", "dtype", "date")}
     measure = measure_answers if made.exact else measure_losses
     for path, name in zip(checkpoints, names, strict=True):
         if name != subject.name:
@@ -94,14 +94,17 @@ def evaluate(
         for length, tokens in plan.items():
             known = results.entry(run, length)
             there = known["controls"] if known else []
-            missing = [control for control in controls if control not in there]
+            missing = [control for control in applicable(subject, made, tokens, controls) if control not in there]
             if known and not missing:
                 continue
             started = time.monotonic()
             wanted = [control for control in controls_of(made) if control in (*there, *missing)]
             # Losses are kept as means only, which nothing can be added to.
             lines = results.answers(run, length) if known and made.exact else []
-            readings = ("deleted" in missing) + (not lines or "swapped" in missing)
+            if known and not lines:
+                say_again(f"{name} {length}", missing)
+            new = missing if lines else wanted
+            readings = ("deleted" in new) + (not lines or "swapped" in new)
             total = (samples or default_count(made, tokens)) * tokens * readings
             with progress_bar(f"{name} {length}", total if made.exact and total else None) as advance:
                 if lines:
@@ -111,9 +114,6 @@ def evaluate(
                     entry, answers = measure(subject, made, length, tokens, samples, wanted, batch_size, advance)
                     entry |= where
             entry["controls"] = wanted
-            best = capacity([entry, *(other for other in run["lengths"] if other is not known)])
-            if best:
-                run["capacity"] = best
             results.add(run, entry, answers)
             say_done(f"{name} {length}", entry, time.monotonic() - started)
     plot_results(results.content, results.folder)

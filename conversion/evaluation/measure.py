@@ -31,6 +31,12 @@ def controls_of(task: Task) -> dict[str, str]:
     return CONTROLS if task.exact else LOSS_CONTROLS
 
 
+def applicable(subject: Subject, task: Task, tokens: int, controls: Sequence[str]) -> list[str]:
+    """Controls without the backbone where a sample of so many tokens, with its answer, does not fit its context."""
+    fits = tokens + (task.max_new_tokens if task.exact else 0) <= subject.context
+    return [control for control in controls if fits or control != "backbone"]
+
+
 def default_count(task: Task, tokens: int) -> int:
     return MANY if tokens <= task.tokens_of("1M") else FEW
 
@@ -51,7 +57,7 @@ def measure_answers(
     Args:
         length, tokens: as asked for, and in tokens of the model.
         samples: None for the default.
-        controls: keys of `CONTROLS`; the backbone is only asked what fits its context.
+        controls: keys of `CONTROLS`, see [`applicable`].
         batch_size: samples side by side, None for as many as fit.
         progress: called with numbers of tokens that were read.
 
@@ -94,24 +100,26 @@ def add_controls(
     progress: Callable[[int], Any] = lambda tokens: None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """
-    Controls of a length that was measured without them, so that nothing is read twice.
+    Controls of a length that was measured without them: only what they need is read.
 
     Args:
         tokens: of a sample, as they were for the entry.
-        entry, lines: as [`measure_answers`] returned them.
+        entry, lines: as [`measure_answers`] returned them, with `controls` in the entry.
         controls, batch_size, progress: as there; none of the entry's own controls.
 
     Returns:
         As [`measure_answers`] with the controls of both, but with the speed, the memory and the state of before.
 
     Raises:
-        ValueError: if the lines are not of the task's samples.
+        ValueError: if the lines are not of the task's samples, before these are read.
     """
-    rows, _ = answer_all(subject, task, tokens, entry["samples"], controls, batch_size, progress, controls_only=True)
-    if [same_sample(line) for line in lines] != [same_sample(row.sample) for row in rows]:
-        raise ValueError(f"its answers at {entry['length']} are of other samples.")
+    rows, _ = answer_all(subject, task, tokens, entry["samples"], controls, batch_size, progress, lines)
+    kept = {MEMORY, *(CONTROLS[control] for control in entry["controls"])}
     for row, line in zip(rows, lines, strict=True):
-        texts, scores = line["answers"] | row.texts, line["scores"] | row.scores
+        texts, scores = (
+            {name: value for name, value in line[key].items() if name in kept} | new
+            for key, new in (("answers", row.texts), ("scores", row.scores))
+        )
         row.texts = {name: texts[name] for name in in_order(texts)}
         row.scores = {name: scores[name] for name in in_order(scores)}
     found = {"scores": scores_by_control(rows), "by_distance": scores_by_distance(rows)}
@@ -126,16 +134,19 @@ def answer_all(
     controls: Sequence[str],
     batch_size: int | None,
     progress: Callable[[int], Any],
-    controls_only: bool = False,
+    lines: Sequence[dict[str, Any]] | None = None,
 ) -> tuple[list[Row], list[Answers]]:
-    """All samples of a length, answered and scored, and the answers of each batch, see [`answer_samples`]."""
-    if tokens + task.max_new_tokens > subject.context:
-        controls = [control for control in controls if control != "backbone"]
+    """
+    All samples of a length, answered and scored, and the answers of each batch, see [`answer_samples`]; under controls
+    only if there are lines of the samples already.
+    """
     rows, batches = [], []
     most = min(count, batch_size or rows_for(subject, max(1, tokens), count))
 
     def run(part: list[dict[str, Any]]) -> Answers:
-        return answer_samples(subject, task, part, controls, progress, controls_only)
+        if lines is not None:
+            check_samples(lines, len(rows), part, count)
+        return answer_samples(subject, task, part, controls, progress, controls_only=lines is not None)
 
     for part, answers in in_batches(run, map(without_labels, task.test(tokens, count)), most, count):
         rows += score_rows(task, part, answers, subject.segment_size)
@@ -143,9 +154,18 @@ def answer_all(
     return rows, batches
 
 
-def same_sample(line: dict[str, Any]) -> tuple[Any, ...]:
-    """What tells a sample from another one, of the sample itself or its line in the file of answers."""
-    return str(line["group"]), line["answer"], [int(distance) for distance in line["distances"]]
+def check_samples(lines: Sequence[dict[str, Any]], start: int, part: Sequence[dict[str, Any]], count: int) -> None:
+    """
+    Raises:
+        ValueError: if the lines from a start on are not those of some samples, or not `count` in all.
+    """
+
+    def identity(of: dict[str, Any]) -> tuple[Any, ...]:
+        return str(of["group"]), of["answer"], [int(distance) for distance in of["distances"]]
+
+    there = lines[start : start + len(part)]
+    if len(lines) != count or [identity(line) for line in there] != [identity(sample) for sample in part]:
+        raise ValueError("The answers that were kept are of other samples. Remove them, and all is measured again.")
 
 
 def measure_losses(
@@ -163,13 +183,11 @@ def measure_losses(
 
     Args:
         samples: None for all there are, up to the default.
-        controls: keys of `LOSS_CONTROLS`; the backbone only sees what fits its context.
+        controls: keys of `LOSS_CONTROLS`, see [`applicable`].
 
     Returns:
         Its entry in results.json, and nothing for a file of answers.
     """
-    if tokens > subject.context:
-        controls = [control for control in controls if control != "backbone"]
     reset_peak(subject.model.device)
     most = samples or default_count(task, tokens)
     size = min(batch_size or rows_with_logits(subject, rows_for(subject, tokens, most)), most)

@@ -1,6 +1,6 @@
 """Progress in the terminal."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,6 +28,12 @@ def progress_bar(title: str, tokens: int | None) -> Iterator[Callable[[int], Any
             progress.update(bar, rate=f"{speed:,.0f} tokens/s" if speed else "")
 
         yield advance
+
+
+def say_again(title: str, controls: Sequence[str]) -> None:
+    """A line about a length that is not only added to."""
+    line = f"{title}: measured again, with {', '.join(controls)}, since its answers are not there."
+    Console(stderr=True).print(line, style="dim", highlight=False, soft_wrap=True)
 
 
 def say_done(title: str, entry: dict[str, Any], seconds: float) -> None:

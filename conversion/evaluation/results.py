@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
+from .capacity import capacity
 
 
 class Results:
@@ -43,9 +44,9 @@ class Results:
                     )
                     + ". Name another folder, or remove it."
                 )
-            commands = [self.content["environment"].get("command"), environment["command"]]
-            commands = " && ".join(dict.fromkeys(filter(None, commands))) or None
-            self.content["environment"] = environment | {"command": commands}
+            earlier = (self.content["environment"].get("command") or "").split(" && ")
+            commands = dict.fromkeys(filter(None, [*earlier, environment["command"]]))
+            self.content["environment"] = environment | {"command": " && ".join(commands) or None}
         else:
             self.content = {
                 "task": {"name": request["task"], "options": request["options"]},
@@ -59,9 +60,9 @@ class Results:
     def _read(self) -> dict[str, Any]:
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            kinds = {"request": dict, "environment": dict, "runs": list}
-            if not all(isinstance(content[name], kind) for name, kind in kinds.items()):
-                raise KeyError("runs")
+            for name, kind in {"request": dict, "environment": dict, "runs": list}.items():
+                if not isinstance(content[name], kind):
+                    raise KeyError(name)
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise ValueError(
                 f"{self.path} is not a file of results, or a damaged one ({type(error).__name__}: {error}). Name "
@@ -93,29 +94,45 @@ class Results:
         return next((entry for entry in run["lengths"] if entry["length"] == length), None)
 
     def answers(self, run: dict[str, Any], length: str) -> list[dict[str, Any]]:
-        """The answers that came with a length; none if they are not there any more."""
-        file = self._answers(run, length)
+        """
+        The answers that came with a length; none if they are not there any more.
+
+        Raises:
+            ValueError: if their file is damaged.
+        """
+        file = self.answers_file(run, length)
         try:
-            return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            for line in lines:
+                for name, kind in {"answers": dict, "scores": dict, "distances": list}.items():
+                    if not isinstance(line[name], kind):
+                        raise KeyError(name)
         except FileNotFoundError:
             return []
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged: {error}. Remove it, and the length is measured again.") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} is damaged ({type(error).__name__}: {error}). Remove it, and its length is measured again."
+            ) from error
+        return lines
 
-    def _answers(self, run: dict[str, Any], length: str) -> Path:
+    def answers_file(self, run: dict[str, Any], length: str) -> Path:
         return self.folder / "answers" / f"{run['checkpoint'].replace('/', '-')}-{length}.jsonl"
 
     def add(self, run: dict[str, Any], entry: dict[str, Any], answers: Sequence[dict[str, Any]] = ()) -> None:
         """
         Adds a length to a run, in order of tokens, in place of what there was of it, and the answers in a file of
-        their own. The baselines of the whole are those of the longest length.
+        their own. The baselines of the whole are those of the longest length, and the capacity of a run is the largest
+        estimate among its lengths.
         """
         if answers:
-            file = self._answers(run, entry["length"])
+            file = self.answers_file(run, entry["length"])
             file.parent.mkdir(exist_ok=True)
             write_whole(file, "".join(json.dumps(finite(line)) + "\n" for line in answers))
         run["lengths"] = [other for other in run["lengths"] if other["length"] != entry["length"]] + [entry]
         run["lengths"].sort(key=lambda entry: entry["tokens"])
+        best = capacity(run["lengths"])
+        if best:
+            run["capacity"] = best
         entries = [entry for run in self.content["runs"] for entry in run["lengths"]]
         self.content["baselines"] = max(entries, key=lambda entry: entry["tokens"]).get("baselines", {})
         self.write()

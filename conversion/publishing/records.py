@@ -35,8 +35,9 @@ def as_yaml(values: Any) -> str:
 
 
 def measured(results: dict[str, Any]) -> str:
-    """Where and when, of all lengths: `on NVIDIA H200, 2026-11-24`."""
-    entries = [results["environment"] | entry for run in results["runs"] for entry in run["lengths"]]
+    """Where and when, of all lengths and what was added to them: `on NVIDIA H200, 2026-11-24`."""
+    lengths = [entry for run in results["runs"] for entry in run["lengths"]]
+    entries = [results["environment"] | part for entry in lengths for part in (entry, *entry.get("added", ()))]
     devices = dict.fromkeys(entry.get("device", "an unnamed device") for entry in entries)
     dates = sorted({str(entry["date"])[:10] for entry in entries if entry.get("date")})
     when = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "undated"
