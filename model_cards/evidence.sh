@@ -21,6 +21,7 @@
 #     rewrite-long:SEED                     goes on from rewrite:SEED, after pairs written before
 #     remember-50:SEED                      goes on from remember:SEED, with at most 50 pairs
 #     pairs:NAME       what all seeds of NAME, one of these six, recall
+#     near-keys        which pairs remember-SEED and remember-50-SEED get wrong
 #     health:RUN       the memories of qa1-SEED over 20,000 segments, of rewrite-SEED over 100,000
 set -euo pipefail
 HERE=$(cd "$(dirname "$0")" && pwd)
@@ -162,6 +163,10 @@ for step in "$@"; do
         esac
         armt evaluate "$of"-[0-9] --task associative_retrieval "${retrieval[@]}" --samples "${SAMPLES:-1000}" \
             ${CONTROLS:+--controls $CONTROLS} ${COMPILE:+--compile} --out "${OUT_PAIRS:-results-$of}"
+        ;;
+    near-keys)
+        [ -f near-keys.json ] || python "$HERE/associative_retrieval/near_keys.py" remember-[0-9] remember-50-[0-9] \
+            --out near-keys.json
         ;;
     health)
         case $of in
