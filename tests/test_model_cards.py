@@ -1,5 +1,6 @@
 """model_cards/: what is recorded there is whole, and the trained weights do what is said of them."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,8 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modeling_armt import ARMTCache
 from modeling_armt.conversion.convert import convert
 from modeling_armt.conversion.evaluation.controls import CONTROLS
+from modeling_armt.conversion.evaluation.evaluate import OWN_TO_A_SEED
 from modeling_armt.conversion.evaluation.losses import LOSS_CONTROLS
 from modeling_armt.conversion.merging import merge_adapter
+from modeling_armt.conversion.training.recipe import make_recipe, read_recipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -91,6 +94,30 @@ def test_results_have_what_a_reader_needs_to_trust_them(path: Path):
             assert {names[control] for control in entry["controls"]} == scores.keys() - {"memory"}
             for score in scores.values():
                 assert score["low"] <= score["mean"] <= score["high"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "runs"),
+    [
+        ("babilong/qa1.yaml", "qa1-?/training.json"),
+        ("babilong/budget.yaml", "results-uncorrected/training-?.json"),
+        ("associative_retrieval/rewrite.yaml", "results-rewrite/training-?.json"),
+        ("associative_retrieval/rewrite.yaml", "results-rewrite-off/training-?.json"),
+        ("associative_retrieval/rewrite_long.yaml", "results-rewrite-long/training-?.json"),
+        ("associative_retrieval/remember.yaml", "results-remember/training-?.json"),
+        ("associative_retrieval/remember.yaml", "results-remember-off/training-?.json"),
+        ("associative_retrieval/remember_50.yaml", "results-remember-50/training-?.json"),
+    ],
+)
+def test_all_seeds_were_trained_by_the_recipe_beside_them(recipe: str, runs: str):
+    def told(values: dict) -> dict:
+        fields = dataclasses.asdict(make_recipe(values))
+        return {name: value for name, value in fields.items() if name not in OWN_TO_A_SEED}
+
+    file = CARDS / recipe
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(file.parent.glob(runs))]
+    assert [record["seed"] for record in records] == [0, 1, 2]
+    assert all(told(record["recipe"]) == told(read_recipe(file)) for record in records)
 
 
 def test_the_figure_of_qa1_has_all_lengths_and_both_controls_of_training():

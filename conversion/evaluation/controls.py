@@ -9,7 +9,7 @@ left behind by the whole segments before it.
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from ..tasks import Task
 from .answering import answer, answer_with_full_attention, read_rows
 from .subject import Subject
 
+
+T = TypeVar("T")
 
 MEMORY = "memory"
 
@@ -62,8 +64,8 @@ def answer_samples(
 
     Args:
         samples: of the task; their `input_ids` may be of different lengths.
-        controls: keys of `CONTROLS`. Where no sample has more than one segment there is no memory to switch off or
-            to swap, and both answer as the model does.
+        controls: keys of `CONTROLS`. A sample in one segment has no memory to switch off or to swap: there both answer
+            as the model does.
         progress: called with numbers of tokens, as whole texts are read.
         controls_only: no answers with memory; the text is read only where a control needs it.
     """
@@ -71,13 +73,8 @@ def answer_samples(
     limits = (size, task.max_new_tokens, stop_ids)
     prompts = [np.asarray(sample["input_ids"][: sample["prompt_length"]]) for sample in samples]
     bodies, ends = split(prompts, size)
-    several = any(map(len, bodies))
     result = Answers()
     texts: dict[str, list[list[int] | None]] = {}
-
-    def answer_on_nothing() -> list[list[int]]:
-        return texts[MEMORY] if MEMORY in texts and not several else answer(subject.model, ends, ARMTCache(), *limits)
-
     if not controls_only or "swapped" in controls:
         started = now(subject)
         memory = read(subject, bodies, progress)
@@ -86,18 +83,16 @@ def answer_samples(
             result.seconds = now(subject) - started
             result.tokens = sum(map(len, prompts)) + sum(map(len, ids))
             result.stats = memory.stats()
-        if "swapped" in controls and several:
+        if "swapped" in controls:
             others = partners(samples)
-            memory.batch_select_indices(
-                torch.tensor([row if other is None else other for row, other in others.items()])
-            )
+            chosen = torch.tensor([row if other is None else other for row, other in others.items()])
+            if memory.tokens:  # there are no rows where nothing was read
+                memory.batch_select_indices(chosen)
             ids = answer(subject.model, ends, memory, *limits)
             texts[CONTROLS["swapped"]] = [None if others[row] is None else ids[row] for row in others]
-        elif "swapped" in controls:
-            texts[CONTROLS["swapped"]] = answer_on_nothing()
         del memory
     if "off" in controls:
-        texts[CONTROLS["off"]] = answer_on_nothing()
+        texts[CONTROLS["off"]] = answer(subject.model, ends, ARMTCache(), *limits)
     if "deleted" in controls and any(len(sample["fact_spans"]) for sample in samples):
         without, without_ends = split([task.prompt_without_facts(sample) for sample in samples], size)
         texts[CONTROLS["deleted"]] = answer(
@@ -105,14 +100,14 @@ def answer_samples(
         )
     if "backbone" in controls:
         texts[CONTROLS["backbone"]] = answer_by_backbone(subject, task, prompts)
-    for name in in_order(texts):
-        result.texts[name] = [None if row is None else task.decode(row) for row in texts[name]]
+    for name, rows in in_order(texts).items():
+        result.texts[name] = [None if row is None else task.decode(row) for row in rows]
     return result
 
 
-def in_order(names: Collection[str]) -> list[str]:
-    """Memory and controls as results list them."""
-    return [name for name in (MEMORY, *CONTROLS.values()) if name in names]
+def in_order(by_control: dict[str, T]) -> dict[str, T]:
+    """What there is of memory and controls, as results list them."""
+    return {name: by_control[name] for name in (MEMORY, *CONTROLS.values()) if name in by_control}
 
 
 def split(prompts: Sequence[np.ndarray], segment_size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -103,15 +103,15 @@ def evaluate(
             lines = results.answers(run, length) if known and made.exact else []
             if known and not lines:
                 say_again(f"{name} {length}", missing)
-            new = missing if lines else wanted
-            readings = ("deleted" in new) + (not lines or "swapped" in new)
+            asked = missing if lines else wanted
+            readings = ("deleted" in asked) + (not lines or "swapped" in asked)
             total = (samples or default_count(made, tokens)) * tokens * readings
             with progress_bar(f"{name} {length}", total if made.exact and total else None) as advance:
                 if lines:
-                    entry, answers = add_controls(subject, made, tokens, known, lines, missing, batch_size, advance)
-                    entry["added"] = [*known.get("added", ()), {"controls": missing, **where}]
+                    entry, answers = add_controls(subject, made, tokens, known, lines, asked, batch_size, advance)
+                    entry["added"] = [*known.get("added", ()), {"controls": asked, **where}]
                 else:
-                    entry, answers = measure(subject, made, length, tokens, samples, wanted, batch_size, advance)
+                    entry, answers = measure(subject, made, length, tokens, samples, asked, batch_size, advance)
                     entry |= where
             entry["controls"] = wanted
             results.add(run, entry, answers)

@@ -116,12 +116,8 @@ def add_controls(
     rows, _ = answer_all(subject, task, tokens, entry["samples"], controls, batch_size, progress, lines)
     kept = {MEMORY, *(CONTROLS[control] for control in entry["controls"])}
     for row, line in zip(rows, lines, strict=True):
-        texts, scores = (
-            {name: value for name, value in line[key].items() if name in kept} | new
-            for key, new in (("answers", row.texts), ("scores", row.scores))
-        )
-        row.texts = {name: texts[name] for name in in_order(texts)}
-        row.scores = {name: scores[name] for name in in_order(scores)}
+        row.texts = in_order({name: text for name, text in line["answers"].items() if name in kept} | row.texts)
+        row.scores = in_order({name: score for name, score in line["scores"].items() if name in kept} | row.scores)
     found = {"scores": scores_by_control(rows), "by_distance": scores_by_distance(rows)}
     return entry | found, answer_lines(rows)
 

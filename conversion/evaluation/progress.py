@@ -32,17 +32,15 @@ def progress_bar(title: str, tokens: int | None) -> Iterator[Callable[[int], Any
 
 def say_again(title: str, controls: Sequence[str]) -> None:
     """A line about a length that is not only added to."""
-    line = f"{title}: measured again, with {', '.join(controls)}, since its answers are not there."
-    Console(stderr=True).print(line, style="dim", highlight=False, soft_wrap=True)
+    say(f"{title}: measured again, with {', '.join(controls)}, since its answers are not there.")
 
 
 def say_done(title: str, entry: dict[str, Any], seconds: float) -> None:
     """A line about what was measured at a length: a log shows how far the command is."""
     measured = entry["scores"] if "scores" in entry else entry.get("loss", {})
     means = [f"{name} {score['mean']:.3f}" for name, score in measured.items() if score["mean"] is not None]
-    Console(stderr=True).print(
-        f"{title}: {', '.join(means)}; {entry['samples']} samples in {seconds:,.0f} s",
-        style="dim",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"{title}: {', '.join(means)}; {entry['samples']} samples in {seconds:,.0f} s")
+
+
+def say(line: str) -> None:
+    Console(stderr=True).print(line, style="dim", highlight=False, soft_wrap=True)

@@ -25,6 +25,7 @@ from modeling_armt.conversion.tasks.associative_retrieval import AssociativeRetr
 
 
 ROWS = 100  # side by side
+NEAR = ("0 near keys", "1 near keys", "2 or more near keys")
 
 
 def kinds(task: AssociativeRetrieval, sample: dict[str, Any]) -> list[str]:
@@ -36,7 +37,7 @@ def kinds(task: AssociativeRetrieval, sample: dict[str, Any]) -> list[str]:
     others = np.delete(keys, told, axis=0)
     shuffled = (np.sort(others, axis=1) == np.sort(keys[told])).all(1).any()
     neighbours = ((others != keys[told]).sum(1) == 1).sum()
-    near = "same symbols" if shuffled else f"{min(neighbours, 2)} near keys".replace("2", "2 or more")
+    near = "same symbols" if shuffled else NEAR[min(neighbours, 2)]
     return ["all", near, "first half" if told < pairs // 2 else "second half"]
 
 

@@ -35,19 +35,18 @@ def draw() -> plt.Figure:
     figure, axes = plt.subplots(figsize=(9.2, 4.8), layout="constrained")
     seeds = lengths_by_seed("results", "results-long")
     place = {entry["length"]: max(entry["tokens"], 300) for entry in seeds[0]}  # 0k has no place on this axis
+
+    def draw_seed(name: str, seed: int, scores: dict[str, Any]) -> None:
+        draw_line(axes, [place[length] for length in scores], list(scores.values()), name, seed, OTHERS.get(name))
+
     for name in reversed([MEMORY, *CONTROLS.values()][:4]):
-        for number, entries in enumerate(seeds.values()):
-            scored = [entry for entry in entries if name in entry["scores"]]
-            scores = [entry["scores"][name] for entry in scored]
-            draw_line(axes, [place[entry["length"]] for entry in scored], scores, name, number)
+        for seed, entries in seeds.items():
+            draw_seed(name, seed, {e["length"]: e["scores"][name] for e in entries if name in e["scores"]})
     for seed, entries in lengths_by_seed("results-uncorrected").items():
-        scores = [entry["scores"][MEMORY] for entry in entries]
-        draw_line(axes, [place[entry["length"]] for entry in entries], scores, UNCORRECTED, seed, OTHERS[UNCORRECTED])
+        draw_seed(UNCORRECTED, seed, {e["length"]: e["scores"][MEMORY] for e in entries})
     for path in sorted((HERE / "results-carried").glob("results-*.json")):
         run = json.loads(path.read_text(encoding="utf-8"))
-        entries, seed = run["lengths"], run["seed"]
-        scores = [entry["score"] for entry in entries]
-        draw_line(axes, [place[entry["length"]] for entry in entries], scores, CARRIED, seed, OTHERS[CARRIED])
+        draw_seed(CARRIED, run["seed"], {e["length"]: e["score"] for e in run["lengths"]})
     axes.plot([place[length] for length in PAPER], list(PAPER.values()), ":", color=GRAY, lw=1.5)
     axes.axvline(TRAINED, color=GRAY, lw=1, ls="--")
     axes.text(TRAINED * 1.04, 0.36, "trained to here", fontsize=8, color=GRAY)
