@@ -42,13 +42,12 @@ def folder(tmp_path_factory) -> Path:
 # PEFT asks by the old name.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 class TestQa1:
-    @pytest.mark.parametrize("seed", [0, 1, 2])
     @torch.no_grad()
-    def test_facts_segments_ago_answer_many_questions(self, seed: int, folder, monkeypatch):
+    def test_facts_segments_ago_answer_many_questions(self, folder, monkeypatch):
         monkeypatch.chdir(folder)
-        merge_adapter(CARDS / "babilong" / f"qa1-{seed}", f"qa1-{seed}")
-        model = AutoModelForCausalLM.from_pretrained(f"qa1-{seed}", dtype=torch.float32, trust_remote_code=True)
-        tokenizer = AutoTokenizer.from_pretrained(f"qa1-{seed}")
+        merge_adapter(CARDS / "babilong" / "qa1-0", "qa1-0")
+        model = AutoModelForCausalLM.from_pretrained("qa1-0", dtype=torch.float32, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained("qa1-0")
 
         def encode(text: str) -> torch.Tensor:
             return tokenizer(text, return_tensors="pt").input_ids
