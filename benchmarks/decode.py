@@ -19,7 +19,7 @@ ALTERNATIVES = ("ours", "ours-generate", "ours-eager", "full-attention", "full-a
 def step_loop(model: PreTrainedModel, ids: torch.Tensor, cache: Any, new_tokens: int) -> None:
     """Greedy generation without anything around it: one call of the model a token."""
     for _ in range(new_tokens):
-        ids = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        ids = model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **options) -> None:
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> Results:
 
     def read(prompt: torch.Tensor) -> Any:
         """The memory of a prompt, cut so that its last segment is open with room for a short run."""
-        return model.read(prompt[:, :-1]).past_key_values
+        return model.read(prompt[:, :-1]).cache
 
     for name, compiled in (("ours", True), ("ours-eager", False)):
         model.compile_armt(compiled)

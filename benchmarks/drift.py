@@ -21,7 +21,7 @@ def read(model: ARMTForCausalLM, ids: torch.Tensor, columns: torch.Tensor, sched
 
     def run() -> None:
         result = model(ids, use_cache=True, logits_to_keep=columns, schedule=schedule)
-        states = result.past_key_values.states.items()
+        states = result.cache.states.items()
         output["logits"] = result.logits[0].float().cpu()
         output["states"] = {layer: state.map(torch.Tensor.cpu) for layer, state in states}
 

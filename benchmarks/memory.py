@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> Results:
         few = torch.zeros(32 * args.segment_size, dtype=torch.int32)
         measure(lambda: model.read(few, **options), repeats=1)  # compiles
         for length in sorted(args.lengths):
-            run("ours", length, lambda ids: model.read(ids, **options).past_key_values)
+            run("ours", length, lambda ids: model.read(ids, **options).cache)
         model.compile_armt(False)
         free()
     if "full-attention" not in args.skip:

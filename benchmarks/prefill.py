@@ -28,7 +28,7 @@ def read_all(model: torch.nn.Module, ids: torch.Tensor, chunk: int | None = None
     cache = None
     for piece in ids.split(chunk or len(ids)):
         piece = piece.to(DEVICE, torch.long)[None]
-        cache = model(piece, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(piece, cache=cache, use_cache=True, logits_to_keep=1).cache
     return cache
 
 

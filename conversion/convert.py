@@ -194,8 +194,8 @@ def check_conversion(model: ARMTForCausalLM, ids: torch.Tensor, native: torch.Te
 def _check_cached(model: ARMTForCausalLM, ids: torch.Tensor, logits: torch.Tensor) -> None:
     def read_in_two(rows: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         cache, half = ARMTCache(), rows.shape[1] // 2
-        first = model(rows[:, :half], attention_mask=mask[:, :half], past_key_values=cache).logits
-        return torch.cat([first, model(rows[:, half:], attention_mask=mask, past_key_values=cache).logits], dim=1)
+        first = model(rows[:, :half], attention_mask=mask[:, :half], cache=cache).logits
+        return torch.cat([first, model(rows[:, half:], attention_mask=mask, cache=cache).logits], dim=1)
 
     # Two rows of different length, so that each has an open segment shorter than its neighbour's at some time.
     longer = torch.cat([ids[:, -3:], ids], dim=1)

@@ -71,9 +71,7 @@ def generate(
         started = time.monotonic()
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         # The last token of the prompt is read by generate, which samples what follows.
-        output = model.generate(last, past_key_values=cache.fork(), max_new_tokens=max_new_tokens, streamer=streamer)[
-            0, 1:
-        ]
+        output = model.generate(last, cache=cache.fork(), max_new_tokens=max_new_tokens, streamer=streamer)[0, 1:]
         new, text = len(output), tokenizer.decode(output, skip_special_tokens=True)
     generating = time.monotonic() - started
     report(len(ids), reading, new, generating)

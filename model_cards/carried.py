@@ -111,7 +111,7 @@ class CarriedForCausalLM(ARMTForCausalLM):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        past_key_values: Carried | None = None,
+        cache: Carried | None = None,
         logits_to_keep: int = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         goes_on: bool = False,
@@ -122,7 +122,7 @@ class CarriedForCausalLM(ARMTForCausalLM):
         that the last segment is not the text's, and shall be carried on.
         """
         size, length = self.config.segment_size, input_ids.shape[1]
-        carried = None if past_key_values is None else past_key_values.tensor
+        carried = None if cache is None else cache.tensor
         starts = range(0, length, size)
         hidden = []
         for start in starts:
@@ -137,23 +137,23 @@ class CarriedForCausalLM(ARMTForCausalLM):
         past, head = Carried(carried), self.get_output_embeddings()
         if labels is None:
             kept = torch.cat(hidden, dim=1)[:, -logits_to_keep:] if logits_to_keep else torch.cat(hidden, dim=1)
-            return CausalLMOutputWithPast(logits=head(kept), past_key_values=past)
+            return CausalLMOutputWithPast(logits=head(kept), cache=past)
         targets = labels[:, 1:]
         there = targets != -100
         logits = head(torch.cat(hidden, dim=1)[:, :-1][there]).float()
         loss = nn.functional.cross_entropy(logits, targets[there], reduction="sum")
         count = there.sum() if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=loss / count, past_key_values=past)
+        return CausalLMOutputWithPast(loss=loss / count, cache=past)
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor) -> SimpleNamespace:
-        """What a `(B, T)` text of whole segments leaves behind, as `past_key_values`."""
+        """What a `(B, T)` text of whole segments leaves behind, as `cache`."""
         first, *others = tokens.split(self.config.segment_size, dim=1)
         segment = self.compiled_segment if tokens.is_cuda and len(others) >= MANY_SEGMENTS else self.segment
         carried = self.segment(first, None, None, True)[1]
         for ids in others:
             carried = segment(ids, None, carried, True)[1]
-        return SimpleNamespace(past_key_values=Carried(carried))
+        return SimpleNamespace(cache=Carried(carried))
 
     @cached_property
     def compiled_segment(self) -> Callable:
@@ -230,11 +230,11 @@ def answers(model: PeftModel, batch: dict[str, torch.Tensor]) -> list[float]:
     border = (first - 1) // size * size  # rows of one length, or of less than a segment
     if "attention_mask" in batch or not border:
         return exact_matches(model, batch)[0].tolist()
-    carried = model.get_base_model().read(batch["input_ids"][:, :border]).past_key_values
+    carried = model.get_base_model().read(batch["input_ids"][:, :border]).cache
     rest = {name: tensor[:, border:] for name, tensor in batch.items()}
 
     def go_on(**inputs: Any) -> CausalLMOutputWithPast:
-        return model(**inputs, past_key_values=carried)
+        return model(**inputs, cache=carried)
 
     return exact_matches(go_on, rest)[0].tolist()
 

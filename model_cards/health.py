@@ -98,7 +98,7 @@ def measure(model: torch.nn.Module, task: Task, segments: int, rows: int, seed: 
             text = draw(task, read >= segments // 2, rows, (point - read) * size, rng)
             cache = model.read(
                 torch.from_numpy(text.astype(np.int32)), cache, progress=lambda n: bar.update(n // size)
-            ).past_key_values
+            ).cache
             read = point
             layers = worst_of_rows(cache.stats())
             records.append({"segments": read, "seconds": round(time.monotonic() - start, 2), "layers": layers})

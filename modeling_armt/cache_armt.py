@@ -65,7 +65,7 @@ _LENT = ("states", "statistics", "keys", "last_hidden")
 class ARMTCache(Cache):
     """
     The whole memory of a batch of texts. Made by a model's forward (`use_cache=True`) and passed back to it as
-    `past_key_values`; `ARMTCache()` is empty.
+    `cache`; `ARMTCache()` is empty.
 
     Attributes:
         states: [`MemoryState`] by layer, None before the first write.
@@ -149,6 +149,8 @@ class ARMTCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
+    get_max_cache_shape = get_max_length  # its name before transformers 5.24
+
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self.columns + query_length, 0
 
@@ -159,6 +161,7 @@ class ARMTCache(Cache):
     is_compileable = False
     is_croppable = False
     is_sliding: list[bool] = []
+    is_linear: list[bool] = [False]  # generate cuts what was read before off the ids, unless all layers are
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorders the rows: beam search."""

@@ -51,7 +51,7 @@ class ARMTConfig(PreTrainedConfig):
 
     model_type = "armt"
     sub_configs = {"text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     # There is no default backbone to compare with when the configuration is saved.
     has_no_defaults_at_init = True
 

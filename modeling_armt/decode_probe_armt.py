@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .cache_armt import ARMTCache
+from .compatibility_armt import CACHE
 from .decode_step_armt import DecodeStep
 
 
@@ -46,10 +47,10 @@ def find_decode_step(model: "ARMTPreTrainedModel", compiles: bool) -> tuple[Deco
     with torch.inference_mode(False):
         mask = torch.ones(2, opened, dtype=torch.long, device=device)
         mask[1, :-1] = 0
-        cache = model(ids[:, :opened], attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+        cache = model(ids[:, :opened], attention_mask=mask, use_cache=True, logits_to_keep=1).cache
         keys = cache.keys
         if keys is None:  # a segment is a single token
-            keys = model.decoder(ids[:, :1], use_cache=True).past_key_values
+            keys = model.decoder(ids[:, :1], use_cache=True)[CACHE]
         _fill(model, cache, generator)
         expected = _usual_way(model, cache.fork(), columns)
         reason = None
@@ -99,7 +100,7 @@ def _usual_way(model: "ARMTPreTrainedModel", cache: ARMTCache, columns: list) ->
     logits = []
     for tokens, real in columns:
         mask = torch.tensor(real, device=tokens.device)[:, None]
-        logits.append(model(tokens, attention_mask=mask, past_key_values=cache).logits)
+        logits.append(model(tokens, attention_mask=mask, cache=cache).logits)
     return [torch.stack(logits), *(state.A for state in cache.states.values()), cache.last_hidden]
 
 

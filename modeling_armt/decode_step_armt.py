@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .attachment_armt import attach_memories, find_decoder_layers
 from .cache_armt import ARMTCache
+from .compatibility_armt import CACHE
 from .head_armt import run_head
 from .memory_armt import MemoryState
 from .native_armt import StandIn, with_layers
@@ -249,7 +250,7 @@ class DecodeStep:
                 inputs_embeds=embeddings,
                 attention_mask=masks if self.masks == "by kind" else masks[self.masks],
                 position_ids=place,
-                past_key_values=keys,
+                **{CACHE: keys},
                 use_cache=True,
                 return_dict=True,
             )

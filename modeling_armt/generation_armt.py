@@ -9,6 +9,7 @@ from transformers import GenerationMixin, StoppingCriteriaList
 from transformers.generation import GenerationMode
 
 from .cache_armt import ARMTCache
+from .compatibility_armt import CACHE, one_cache
 from .decode_armt import read_ahead, undo_ahead
 
 
@@ -67,18 +68,20 @@ class ARMTGenerationMixin(GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """
-        [`GenerationMixin.generate`] with a prompt of any length. `past_key_values` may be an [`ARMTCache`]: one that
+        [`GenerationMixin.generate`] with a prompt of any length. `cache` may be an [`ARMTCache`]: one that
         an earlier call returned, together with the full ids so far, or a `fork()` or loaded memory, with new ids only.
 
         Raises:
             ValueError: for cache implementations and generation modes that a recurrent memory cannot serve.
         """
-        cache = kwargs.get("past_key_values")
+        cache = one_cache(kwargs.pop("cache", None), kwargs.pop("past_key_values", None))
         if cache is not None and not isinstance(cache, ARMTCache):
             raise ValueError(
-                f"past_key_values is a {type(cache).__name__}; an ARMT model keeps its memory in an ARMTCache, which "
-                "it makes itself. Leave past_key_values out, or pass one that this model returned."
+                f"cache is a {type(cache).__name__}; an ARMT model keeps its memory in an ARMTCache, which "
+                "it makes itself. Leave cache out, or pass one that this model returned."
             )
+        if cache is not None:
+            kwargs[CACHE] = cache
         prompts = (kwargs.get("inputs_embeds"), *args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         ids = next((prompt for prompt in prompts if prompt is not None), None)
         if ids is not None and ids.dim() > 1 and ids.shape[1] == 0:
@@ -111,12 +114,10 @@ class ARMTGenerationMixin(GenerationMixin):
             _finished_rows.set(criteria)
         return criteria
 
-    def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, inputs_embeds=None, attention_mask=None, **kwargs
-    ):
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, attention_mask=None, **kwargs):
         kwargs.pop("tokenizer", None)  # generate hands on what it needs for stop strings
-        finished = _finished_rows.get()
-        generated = past_key_values is not None and finished is not None and finished.started
+        finished, cache = _finished_rows.get(), kwargs.get(CACHE)
+        generated = cache is not None and finished is not None and finished.started
         if generated:
             # The mask of the prompt says nothing about the column that was generated.
             padded = finished.padded
@@ -124,16 +125,12 @@ class ARMTGenerationMixin(GenerationMixin):
             attention_mask = ~padded[:, None] if some else None
             if self.fast.enabled and kwargs.get("next_sequence_length") == 1:
                 # Rows that end now are seen too late: then what was begun is undone.
-                finished.read_next = None if some else partial(read_ahead, self, cache=past_key_values)
-                known = {"input_ids": input_ids[:, -1:], "past_key_values": past_key_values}
+                finished.read_next = None if some else partial(read_ahead, self, cache=cache)
+                known = {"input_ids": input_ids[:, -1:]}
                 rest = {n: v for n, v in kwargs.items() if n not in ("next_sequence_length", "is_first_iteration")}
                 return {**rest, **known, "attention_mask": attention_mask}
         return super().prepare_inputs_for_generation(
-            input_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            **kwargs,
+            input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )
 
     def init_continuous_batching(self, *args, **kwargs):

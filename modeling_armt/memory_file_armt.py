@@ -72,7 +72,7 @@ def save_memory(model: PreTrainedModel, cache: ARMTCache, path: str | os.PathLik
     """Writes `cache` to `path`; a failure leaves what was there before."""
     if not isinstance(cache, ARMTCache) or cache.batch_size < 1:
         raise ValueError(
-            "there is no memory to save: pass the past_key_values that a forward or generate of this model returned, "
+            "there is no memory to save: pass the cache that a forward or generate of this model returned, "
             f"not {type(cache).__name__}."
         )
     tensors = {"last_hidden": cache.last_hidden}

@@ -16,10 +16,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from .attachment_armt import attach_memories, causal_table_size, find_decoder, find_decoder_layers
 from .cache_armt import ARMTCache
+from .compatibility_armt import CACHE, ARMTCausalLMOutput, ARMTModelOutput, one_cache
 from .compilation_armt import FastPaths
 from .configuration_armt import ARMTConfig
 from .decode_armt import decode
@@ -283,11 +283,11 @@ class ARMTPreTrainedModel(PreTrainedModel):
         for _ in run_steps(self, source, tokens, [step], cache):
             pass
 
-    def _cache_for(self, past_key_values, use_cache: bool | None, labels=None) -> ARMTCache | None:
-        if past_key_values is not None:
-            if not isinstance(past_key_values, ARMTCache):
-                raise ValueError(f"past_key_values must be an ARMTCache, not {type(past_key_values).__name__}.")
-            return past_key_values
+    def _cache_for(self, given, use_cache: bool | None, labels=None) -> ARMTCache | None:
+        if given is not None:
+            if not isinstance(given, ARMTCache):
+                raise ValueError(f"cache must be an ARMTCache, not {type(given).__name__}.")
+            return given
         if use_cache is None:
             configured = getattr(self.config, "use_cache", getattr(self.config.text_config, "use_cache", True))
             use_cache = configured and not self.training and labels is None
@@ -305,31 +305,34 @@ class ARMTModel(ARMTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: ARMTCache | None = None,
+        cache: ARMTCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         schedule: str | None = None,
         return_dict: bool | None = None,
+        past_key_values: ARMTCache | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast | tuple:
+    ) -> ARMTModelOutput | tuple:
         """
         Args:
             input_ids: `(B, T)`, T of any length.
             attention_mask: `(B, T)`, 0 for padding, which may be anywhere; or with the columns read before.
-            past_key_values: what earlier calls returned; advanced by this one.
+            cache: what earlier calls returned; advanced by this one.
             inputs_embeds: `(B, T, D)` instead of `input_ids`.
             use_cache: return a cache; default: unless training.
             output_hidden_states: return the hidden states of all layers too.
             schedule: `sequential`, `diagonal`, or None for what is faster here; they return the same.
             return_dict: False for a tuple.
+            past_key_values: another name of `cache`, the one before transformers 5.24.
 
         Returns:
-            `last_hidden_state` `(B, T, D)`, `past_key_values` and `hidden_states`. A padding column holds what the
+            `last_hidden_state` `(B, T, D)`, `cache` and `hidden_states`. A padding column holds what the
             last real token before it got, zeros if there was none.
         """
         refuse_arguments(kwargs, accepted=())
-        cache = self._cache_for(past_key_values, use_cache)
+        given = one_cache(cache, past_key_values)
+        cache = self._cache_for(given, use_cache)
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
@@ -338,14 +341,14 @@ class ARMTModel(ARMTPreTrainedModel):
             inputs_embeds,
             attention_mask,
             cache,
-            whole=past_key_values is None,
+            whole=given is None,
             output_hidden_states=bool(output_hidden_states),
             schedule=schedule,
         )
         hidden, *hidden_states = self._read_columns(OutputColumns(tokens, 0, tokens.num_columns), run, cache)
-        output = BaseModelOutputWithPast(
+        output = ARMTModelOutput(
             last_hidden_state=hidden,
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -369,7 +372,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: ARMTCache | None = None,
+        cache: ARMTCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -379,13 +382,14 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
         bptt_segments: int | None = None,
         schedule: str | None = None,
         return_dict: bool | None = None,
+        past_key_values: ARMTCache | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast | tuple:
+    ) -> ARMTCausalLMOutput | tuple:
         """
         Args:
             input_ids: `(B, T)`, T of any length.
             attention_mask: `(B, T)`, 0 for padding, which may be anywhere; or with the columns read before.
-            past_key_values: what earlier calls returned; advanced by this one.
+            cache: what earlier calls returned; advanced by this one.
             inputs_embeds: `(B, T, D)` instead of `input_ids`.
             labels: `(B, T)`, the ids themselves (they are shifted here), -100 where there is no loss. Predictions
                 cross segment borders.
@@ -400,24 +404,26 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
                 differentiated as soon as it is read.
             schedule: `sequential`, `diagonal`, or None for what is faster here; they return the same.
             return_dict: False for a tuple.
+            past_key_values: another name of `cache`, the one before transformers 5.24.
             kwargs: `num_items_in_batch` and other arguments of the loss function.
 
         Returns:
-            `loss`, `logits` `(B, T, vocabulary)`, `past_key_values`, `hidden_states`. A padding column holds what its
+            `loss`, `logits` `(B, T, vocabulary)`, `cache`, `hidden_states`. A padding column holds what its
             row's last real token before it got.
         """
         asked = [name for name, value in kwargs.items() if value is not None and value is not False]
-        if self.fast.enabled and isinstance(past_key_values, ARMTCache) and not asked:
+        given = one_cache(cache, past_key_values)
+        if self.fast.enabled and isinstance(given, ARMTCache) and not asked:
             plain = inputs_embeds is None and labels is None and bptt_segments is None and schedule is None
             states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             if plain and return_logits and not states and type(logits_to_keep) is int and logits_to_keep >= 0:
-                logits = decode(self, input_ids, attention_mask, past_key_values)
+                logits = decode(self, input_ids, attention_mask, given)
                 if logits is not None:
-                    output = CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+                    output = ARMTCausalLMOutput(logits=logits, **{CACHE: given})
                     as_dict = self.config.return_dict if return_dict is None else return_dict
                     return output if as_dict else output.to_tuple()
         refuse_arguments(kwargs, accepted=("num_items_in_batch", "ignore_index"))
-        cache = self._cache_for(past_key_values, use_cache, labels)
+        cache = self._cache_for(given, use_cache, labels)
         if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(
                 "labels need the logits of all columns; leave logits_to_keep out, or use return_logits=False."
@@ -432,7 +438,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             inputs_embeds,
             attention_mask,
             cache,
-            whole=past_key_values is None,
+            whole=given is None,
             bptt_segments=bptt_segments,
             output_hidden_states=bool(output_hidden_states),
             schedule=schedule,
@@ -458,10 +464,10 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
                 loss = self._loss(logits, targets, **kwargs)
         else:
             loss = self._loss_by_segment(tokens.next_of(labels), steps, run, bptt_segments, inputs_embeds, **kwargs)
-        output = CausalLMOutputWithPast(
+        output = ARMTCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=cache,
+            **{CACHE: cache},
             hidden_states=tuple(hidden_states) if output_hidden_states and hidden_states else None,
         )
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -470,11 +476,12 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
     def read(
         self,
         tokens: Any,
-        past_key_values: ARMTCache | None = None,
+        cache: ARMTCache | None = None,
         schedule: str | None = None,
         block_segments: int = 512,
         progress: Callable[[int], Any] | None = None,
-    ) -> CausalLMOutputWithPast:
+        past_key_values: ARMTCache | None = None,
+    ) -> ARMTCausalLMOutput:
         """
         Reads a text of any length from wherever it is, block by block and without gradients: what one forward call
         would return for its last token, with no more of the text in memory than a block.
@@ -483,18 +490,19 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             tokens: `(T,)` or `(B, T)` ids: a tensor of any integer dtype on any device, or an array (`np.memmap` and
                 `np.load(..., mmap_mode="r")` too), of which blocks are sliced; or an iterable of ints, or an iterator
                 of `(n,)` chunks of any sizes, which is taken as far as the next block needs.
-            past_key_values: what earlier calls returned; advanced when everything is read, untouched if that fails.
+            cache: what earlier calls returned; advanced when everything is read, untouched if that fails.
             schedule: as in forward.
             block_segments: segments in a block.
             progress: called after each block with the number of tokens it had.
+            past_key_values: another name of `cache`.
 
         Returns:
-            `logits` `(B, 1, vocabulary)` of the last token and `past_key_values`.
+            `logits` `(B, 1, vocabulary)` of the last token and `cache`.
 
         Raises:
             ValueError: for an empty text, or what is not token ids of this vocabulary; it names the position.
         """
-        cache = self._cache_for(past_key_values, use_cache=True)
+        cache = self._cache_for(one_cache(cache, past_key_values), use_cache=True)
         return read_stream(self, tokens, cache, schedule, block_segments, progress)
 
     @staticmethod

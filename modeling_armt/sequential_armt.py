@@ -12,6 +12,7 @@ from torch import nn
 
 from .attachment_armt import SegmentPass
 from .cache_armt import SegmentKeys
+from .compatibility_armt import CACHE
 from .memory_armt import MemoryState
 from .segmentation_armt import RealTokens, Step
 from .statistics_armt import LayerStatistics
@@ -86,7 +87,7 @@ def run_segment(
     if cached and (keys is not None or any(step.open_after)):
         keys = SegmentKeys() if keys is None else keys.map(lambda tensor: tensor)
         length = keys.get_seq_length()
-        kwargs = {"use_cache": True, "past_key_values": keys}
+        kwargs = {"use_cache": True, CACHE: keys}
         if len(set(step.opened)) > 1:  # to the backbone: a left-padded batch
             opened = on_device(step.opened, device)[:, None]
             columns = torch.arange(length + width, device=device)

@@ -40,7 +40,7 @@ def read_stream(
         if not embedding.weight.is_meta:  # offloaded: its hook moves the ids
             ids = ids.to(embedding.weight.device)
         options = {"logits_to_keep": 1, "output_hidden_states": False, "return_dict": True}
-        output = model(ids, past_key_values=work, schedule=schedule, **options)
+        output = model(ids, cache=work, schedule=schedule, **options)
         start += ids.shape[1]
         if progress is not None:
             progress(ids.shape[1])
@@ -48,7 +48,7 @@ def read_stream(
         raise ValueError("the input is empty: a text needs at least one token to be read.")
     work.expendable = False
     cache.become(work)
-    output.past_key_values = cache
+    output.cache = cache
     return output
 
 

@@ -40,8 +40,8 @@ def read_in_chunks(
     for size in sizes:
         start, end = end, end + size
         seen = None if mask is None else mask[:, :end]
-        output = model(ids[:, start:end], attention_mask=seen, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(ids[:, start:end], attention_mask=seen, cache=cache, use_cache=True)
+        cache = output.cache
         pieces.append(output.logits)
     return torch.cat(pieces, dim=1), cache
 

@@ -201,7 +201,7 @@ def model() -> ARMTForCausalLM:
 class TestModels:
     @torch.no_grad()
     def test_memory_matters_and_stays_bounded(self, model):
-        states = [model.read(torch.randint(512, (n,))).past_key_values.states[1].A.norm() for n in (160, 3200)]
+        states = [model.read(torch.randint(512, (n,))).cache.states[1].A.norm() for n in (160, 3200)]
         assert 0 < states[0] < states[1] * 10 < states[0] * 1000
 
     @torch.no_grad()

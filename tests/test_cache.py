@@ -33,13 +33,13 @@ def model() -> ARMTForCausalLM:
 
 @torch.no_grad()
 def read(model: ARMTForCausalLM, length: int = LENGTH, rows: int = 1) -> ARMTCache:
-    return model(random_ids(rows, length)).past_key_values
+    return model(random_ids(rows, length)).cache
 
 
 @torch.no_grad()
 def answer(model: ARMTForCausalLM, cache: ARMTCache) -> torch.Tensor:
     """What the model says to a next text, without the cache noticing."""
-    return model(random_ids(cache.batch_size, LENGTH, seed=5), past_key_values=cache.fork()).logits
+    return model(random_ids(cache.batch_size, LENGTH, seed=5), cache=cache.fork()).logits
 
 
 # The object
@@ -48,13 +48,13 @@ def answer(model: ARMTForCausalLM, cache: ARMTCache) -> torch.Tensor:
 def test_an_empty_cache_is_the_start_of_a_text(model):
     ids = random_ids(1, LENGTH)
     with torch.no_grad():
-        assert torch.equal(model(ids, past_key_values=ARMTCache()).logits, model(ids).logits)
+        assert torch.equal(model(ids, cache=ARMTCache()).logits, model(ids).logits)
 
 
 def test_the_length_is_the_number_of_columns_read(model):
     ids, mask = pad_left([random_ids(LENGTH), random_ids(3)])
     with torch.no_grad():
-        cache = model(ids, attention_mask=mask).past_key_values
+        cache = model(ids, attention_mask=mask).cache
     assert cache.get_seq_length() == LENGTH
     assert cache.tokens == [LENGTH, 3]
 
@@ -76,10 +76,10 @@ def test_neither_side_sees_what_the_other_reads(duplicate, model):
     cache = read(model)
     before, expected = cache_contents(cache), answer(model, cache)
     twin = duplicate(cache)
-    model(random_ids(1, LENGTH, seed=1), past_key_values=twin)
+    model(random_ids(1, LENGTH, seed=1), cache=twin)
     assert same(cache_contents(cache), before)
     twin = duplicate(cache)
-    model(random_ids(1, LENGTH, seed=2), past_key_values=cache)
+    model(random_ids(1, LENGTH, seed=2), cache=cache)
     assert torch.equal(answer(model, twin), expected)
 
 
@@ -157,7 +157,7 @@ def test_statistics_of_a_row_are_those_of_the_row_alone(sizes, model):
     cache = read_in_chunks(model, ids, sizes or [27], mask, ARMTCache())[1]
     zeros = ("A_norm", "z_norm", "mean_gamma", "zero_gamma_share")
     for number, row in enumerate(rows):
-        alone = model(row[None]).past_key_values.stats()
+        alone = model(row[None]).cache.stats()
         for layer, values in cache.stats().items():
             for name in values:
                 value = alone[layer][name][0] if layer in alone else 0.0 if name in zeros else None
@@ -178,7 +178,7 @@ def test_without_denominator_there_are_no_statistics_of_it():
 def test_a_cache_made_in_training_knows_norms_only():
     model = tiny_model("llama").train()
     with torch.no_grad():
-        found = model(random_ids(1, LENGTH), use_cache=True).past_key_values.stats()[0]
+        found = model(random_ids(1, LENGTH), use_cache=True).cache.stats()[0]
     assert found["A_norm"][0] > 0
     assert found["mean_gamma"] is None and found["min_denominator"] is None
 
@@ -203,7 +203,7 @@ SAVED = {
 @torch.no_grad()
 def ragged(model: ARMTForCausalLM) -> ARMTCache:
     ids, mask = pad_left([random_ids(length, seed=length) for length in (LENGTH, 3, SEGMENT_SIZE)])
-    return model(ids, attention_mask=mask).past_key_values
+    return model(ids, attention_mask=mask).cache
 
 
 @pytest.mark.parametrize("kind", SAVED)
@@ -233,7 +233,7 @@ torch.set_num_threads(1)
 model = ARMTForCausalLM.from_pretrained(sys.argv[1])
 cache = model.load_memory(sys.argv[2])
 with torch.no_grad():
-    torch.save(model(random_ids(1, int(sys.argv[4]), seed=5), past_key_values=cache).logits, sys.argv[3])
+    torch.save(model(random_ids(1, int(sys.argv[4]), seed=5), cache=cache).logits, sys.argv[3])
 """
 
 

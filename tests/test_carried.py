@@ -45,8 +45,8 @@ class TestModel:
     def test_reading_in_parts_changes_nothing(self, model, ids):
         with torch.no_grad():
             whole = model(ids).logits
-            past = model.read(ids[:, : 2 * SEGMENT]).past_key_values
-            rest = model(ids[:, 2 * SEGMENT :], past_key_values=past).logits
+            past = model.read(ids[:, : 2 * SEGMENT]).cache
+            rest = model(ids[:, 2 * SEGMENT :], cache=past).logits
         torch.testing.assert_close(rest, whole[:, 2 * SEGMENT :])
 
     def test_padding_changes_nothing(self, model, ids):

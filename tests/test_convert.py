@@ -292,7 +292,7 @@ class TestFromBackbone:
         """What a segment reads from a memory that was never trained is exactly zero."""
         model = ARMTForCausalLM.from_backbone(tiny_llama(), segment_size=8)
         ids = torch.randint(61, (1, 24), generator=torch.Generator().manual_seed(0))
-        states = model(ids, use_cache=True).past_key_values.states
+        states = model(ids, use_cache=True).cache.states
         assert all(not state.A.any() for state in states.values())
 
     @torch.no_grad()
@@ -604,7 +604,7 @@ def visible(kwargs: dict, sees) -> torch.Tensor:
     """The mask with which column q sees column k where `sees(q, k)` is true, whatever is cached."""
     ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     rows, length = (ids if embeddings is None else embeddings).shape[:2]
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache")
     before = 0 if cache is None else cache.get_seq_length()
     q, k = torch.arange(before, before + length)[:, None], torch.arange(before + length)
     mask = torch.where(sees(q, k, before), 0.0, torch.finfo(torch.float32).min)
@@ -624,7 +624,7 @@ def ignores_its_cache(self, original, **kwargs):
     return original(**{**kwargs, "attention_mask": mask})
 
 
-def forgets_its_cache(self, original, past_key_values=None, **kwargs):
+def forgets_its_cache(self, original, cache=None, **kwargs):
     return original(**{**kwargs, "use_cache": False})
 
 

@@ -72,7 +72,7 @@ def fast() -> ARMTForCausalLM:
 def read(model: ARMTForCausalLM, *lengths: int) -> ARMTCache:
     """A cache that has read random rows of these lengths, left-padded."""
     ids, mask = pad_left([random_ids(length, seed=length) for length in lengths])
-    return model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+    return model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).cache
 
 
 def decode(model: ARMTForCausalLM, cache: ARMTCache, columns: torch.Tensor, real: torch.Tensor | None = None):
@@ -80,7 +80,7 @@ def decode(model: ARMTForCausalLM, cache: ARMTCache, columns: torch.Tensor, real
     logits = []
     for n, tokens in enumerate(columns.split(1, dim=1)):
         mask = None if real is None else real[:, n, None]
-        logits.append(model(tokens, attention_mask=mask, past_key_values=cache).logits)
+        logits.append(model(tokens, attention_mask=mask, cache=cache).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -206,8 +206,8 @@ def test_generate_gives_the_same_tokens(name: str, mode: str):
     assert results[0].sequences.tolist() == results[1].sequences.tolist()
     assert fast.fast.decode.step.batch_size == len(ids) * MODES[mode].get("num_beams", 1)
     if mode != "beams":
-        assert is_fast(results[1].past_key_values, fast)
-    check_same_memory(results[1].past_key_values, results[0].past_key_values)
+        assert is_fast(results[1].cache, fast)
+    check_same_memory(results[1].cache, results[0].cache)
 
 
 def test_every_new_token_but_the_first_is_a_step(fast, monkeypatch):
@@ -235,7 +235,7 @@ def test_generate_begins_every_token_before_it_is_asked_for(fast, monkeypatch):
         )
     output = generate(fast, random_ids(1, 5), return_dict_in_generate=True)
     assert events.count("begin") == STEPS - 2  # the second is the first of one column, the last is not read
-    assert fast.fast.decode.begun is None and output.past_key_values.tokens == [5 + STEPS - 1]
+    assert fast.fast.decode.begun is None and output.cache.tokens == [5 + STEPS - 1]
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -243,10 +243,10 @@ def test_a_token_read_ahead_is_a_token_read(slow, fast, rows: int):
     """Over segment borders, with everything that the cache knows of its memories."""
     expected, cache = (read(model, *range(5, 5 + rows)) for model in (slow, fast))
     for tokens in random_ids(rows, STEPS).split(1, dim=1):
-        logits = slow(tokens, past_key_values=expected).logits
+        logits = slow(tokens, cache=expected).logits
         if is_fast(cache, fast):
             begin(fast, cache, tokens)
-        assert difference(fast(tokens, past_key_values=cache).logits, logits) <= 1e-9
+        assert difference(fast(tokens, cache=cache).logits, logits) <= 1e-9
         assert fast.fast.decode.begun is None
     check_same_memory(cache, expected)
 
@@ -298,12 +298,12 @@ def test_an_answer_that_ends_leaves_no_token_too_many(slow, fast):
     options = {"eos_token_id": list(range(10, 40)), "return_dict_in_generate": True}
     found, expected = (generate(model, random_ids(1, 5), **options) for model in (fast, slow))
     assert found.sequences.tolist() == expected.sequences.tolist() and found.sequences.shape[1] < 5 + STEPS
-    check_same_memory(found.past_key_values, expected.past_key_values)
+    check_same_memory(found.cache, expected.cache)
 
 
 def test_logits_of_earlier_steps_stay_what_they_were(slow, fast):
     cache, ids = read(slow, 5), random_ids(1, 4)
-    logits = [fast(tokens, past_key_values=cache).logits for tokens in ids.split(1, dim=1)]
+    logits = [fast(tokens, cache=cache).logits for tokens in ids.split(1, dim=1)]
     assert len({row.sum().item() for row in logits}) == 4
 
 
@@ -327,7 +327,7 @@ def use_deepcopy(model, cache):
 
 
 def use_chunk(model, cache):
-    return model(random_ids(2, 3, seed=5), past_key_values=cache)
+    return model(random_ids(2, 3, seed=5), cache=cache)
 
 
 def use_close(model, cache):
@@ -348,7 +348,7 @@ def use_repeat(model, cache):
 
 
 def use_hidden_states(model, cache):
-    return model(random_ids(2, 1, seed=5), past_key_values=cache, output_hidden_states=True)
+    return model(random_ids(2, 1, seed=5), cache=cache, output_hidden_states=True)
 
 
 USES = (
@@ -443,7 +443,7 @@ def test_a_forgotten_conversation_leaves_the_buffers(fast):
     decode(fast, cache, random_ids(1, 4))
     cache.reset()
     assert (cache.states, cache.keys, cache.tokens) == ({}, None, [])
-    again = fast(random_ids(1, 5), past_key_values=cache).past_key_values
+    again = fast(random_ids(1, 5), cache=cache).cache
     assert again.tokens == [5]
 
 
@@ -539,9 +539,9 @@ def test_a_peft_model_decodes_and_generates_by_steps(slow):
     model.compile_armt()
     output = adapted.generate(input_ids=ids, return_dict_in_generate=True, **options)
     assert output.sequences.tolist() == expected.tolist()
-    cache = output.past_key_values
+    cache = output.cache
     assert is_fast(cache, model)
-    adapted(random_ids(2, 1), past_key_values=cache)
+    adapted(random_ids(2, 1), cache=cache)
     assert is_fast(cache, model)
 
 
@@ -611,7 +611,7 @@ def test_other_calls_go_the_usual_way(call: str, fast):
     if call == "two columns":
         ids = random_ids(1, 2)
     with torch.set_grad_enabled(call == "gradients"):
-        fast(ids, past_key_values=cache, **options)
+        fast(ids, cache=cache, **options)
     assert cache.lent_to is None
 
 
@@ -620,22 +620,22 @@ def test_ids_outside_the_vocabulary_are_named(token: int, fast):
     cache = read(fast, 5)
     decode(fast, cache, random_ids(1, 1))
     with pytest.raises(ValueError, match=f"token id {token}"):
-        fast(torch.tensor([[token]]), past_key_values=cache)
+        fast(torch.tensor([[token]]), cache=cache)
 
 
 def test_wrong_shapes_are_named(fast):
     cache = read(fast, 5)
     decode(fast, cache, random_ids(1, 1))
     with pytest.raises(ValueError, match="attention_mask has shape"):
-        fast(random_ids(1, 1), attention_mask=torch.ones(1, 3), past_key_values=cache)
+        fast(random_ids(1, 1), attention_mask=torch.ones(1, 3), cache=cache)
     with pytest.raises(ValueError, match="unexpected|takes|not take|cannot"):
-        fast(random_ids(1, 1), position_ids=torch.zeros(1, 1), past_key_values=cache)
+        fast(random_ids(1, 1), position_ids=torch.zeros(1, 1), cache=cache)
 
 
 def test_tuples_if_asked_for(slow, fast):
     cache, ids = read(slow, 5), random_ids(1, 1)
-    expected = slow(ids, past_key_values=cache.fork(), return_dict=False)
-    logits, returned = fast(ids, past_key_values=cache, return_dict=False)
+    expected = slow(ids, cache=cache.fork(), return_dict=False)
+    logits, returned = fast(ids, cache=cache, return_dict=False)
     assert difference(logits, expected[0]) <= 1e-9
     assert returned is cache and is_fast(cache, fast)
 
@@ -707,7 +707,7 @@ def test_a_batch_size_is_compiled_once_whatever_was_read_before(fast, monkeypatc
         torch, "compile", lambda f, dynamic, options: compile_with(f, backend=compiler, dynamic=dynamic)
     )
     for rows, length in ((1, 5), (1, 7), (2, 5), (1, 2 * SEGMENT_SIZE + 3), (2, 9), (1, SEGMENT_SIZE - 1)):
-        cache = fast(random_ids(rows, length)).past_key_values
+        cache = fast(random_ids(rows, length)).cache
         decode(fast, cache, random_ids(rows, 3))
         assert is_fast(cache, fast)
     assert compiler.frame_count == 2

@@ -62,7 +62,7 @@ def compare(model: ARMTForCausalLM, tolerance: float, ids: torch.Tensor, **kwarg
     for cached in (False, True):
         plain, fast = (model(ids, use_cache=cached, schedule=s, **kwargs) for s in ("sequential", "diagonal"))
         assert difference(fast.logits, plain.logits) <= tolerance
-    a, b = plain.past_key_values, fast.past_key_values
+    a, b = plain.cache, fast.cache
     assert memories(a).keys() == memories(b).keys()
     for name, value in memories(a).items():
         finite = value.isfinite()
@@ -72,8 +72,8 @@ def compare(model: ARMTForCausalLM, tolerance: float, ids: torch.Tensor, **kwarg
     for name in ("tokens", "segments", "opened", "columns"):
         assert getattr(a, name) == getattr(b, name), name
     more = random_ids(len(ids), 2 * SEGMENT_SIZE + 1, seed=9)
-    plain = model(more, past_key_values=a, schedule="sequential")
-    fast = model(more, past_key_values=b, schedule="diagonal")
+    plain = model(more, cache=a, schedule="sequential")
+    fast = model(more, cache=b, schedule="diagonal")
     assert difference(fast.logits, plain.logits) <= 2 * tolerance
 
 
@@ -197,10 +197,10 @@ class TestRefusals:
     def test_masks_in_a_table(self):
         model = deep_model("gpt_neo_short")
         ids, mask = pad_left([random_ids(n, seed=n) for n in (7, 3)])
-        caches = [model(ids, attention_mask=mask, schedule="sequential").past_key_values for _ in range(2)]
+        caches = [model(ids, attention_mask=mask, schedule="sequential").cache for _ in range(2)]
         more, more_mask = pad_right([random_ids(n, seed=n) for n in (25, 6)])
         plain, fast = (
-            model(more, attention_mask=torch.cat([mask, more_mask], dim=1), past_key_values=cache, schedule=schedule)
+            model(more, attention_mask=torch.cat([mask, more_mask], dim=1), cache=cache, schedule=schedule)
             for cache, schedule in zip(caches, ("sequential", "diagonal"), strict=True)
         )
         assert difference(fast.logits, plain.logits) <= 1e-6
@@ -232,10 +232,10 @@ class TestBatches:
     @torch.no_grad()
     def test_one_memory_for_many_rows(self):
         model = deep_model()
-        memory = model(random_ids(1, LENGTH)).past_key_values
+        memory = model(random_ids(1, LENGTH)).cache
         questions = random_ids(3, 2 * SEGMENT_SIZE + 3, seed=1)
-        plain = model(questions, past_key_values=memory.fork(), schedule="sequential").logits
-        assert difference(model(questions, past_key_values=memory.fork(), schedule="diagonal").logits, plain) <= 1e-9
+        plain = model(questions, cache=memory.fork(), schedule="sequential").logits
+        assert difference(model(questions, cache=memory.fork(), schedule="diagonal").logits, plain) <= 1e-9
 
     @torch.no_grad()
     def test_columns_asked_for(self):
@@ -264,7 +264,7 @@ class TestBatches:
     @torch.no_grad()
     def test_statistics_agree(self):
         model, ids = deep_model(), random_ids(3, LENGTH)
-        plain, fast = (model(ids, schedule=s).past_key_values.stats() for s in ("sequential", "diagonal"))
+        plain, fast = (model(ids, schedule=s).cache.stats() for s in ("sequential", "diagonal"))
         for layer, values in plain.items():
             for name, expected in values.items():
                 assert fast[layer][name] == pytest.approx(expected, rel=1e-9), (layer, name)
@@ -596,11 +596,11 @@ class TestMemory:
     @torch.no_grad()
     def test_a_stream_that_fails_leaves_the_cache_alone(self):
         model, cache = deep_model(), ARMTCache()
-        model.read(random_ids(1, LENGTH), past_key_values=cache, schedule="diagonal")
+        model.read(random_ids(1, LENGTH), cache=cache, schedule="diagonal")
         before = cache_contents(cache)
         bad = torch.cat([random_ids(1, 6 * SEGMENT_SIZE), torch.full((1, 5), 10_000)], dim=1)
         with pytest.raises(ValueError, match="10000"):
-            model.read(bad, past_key_values=cache, block_segments=2, schedule="diagonal")
+            model.read(bad, cache=cache, block_segments=2, schedule="diagonal")
         assert same(cache_contents(cache), before)
 
 
@@ -622,7 +622,7 @@ class TestThreads:
     def test_a_failing_call_leaves_the_cache_alone(self, monkeypatch):
         model, cache = deep_model(), ARMTCache()
         with torch.no_grad():
-            model(random_ids(1, LENGTH), past_key_values=cache, schedule="diagonal")
+            model(random_ids(1, LENGTH), cache=cache, schedule="diagonal")
             before = cache_contents(cache)
             calls = itertools.count()
             monkeypatch.setattr(
@@ -630,7 +630,7 @@ class TestThreads:
             )
             model.fast.diagonal.clear()
             with pytest.raises(ZeroDivisionError):
-                model(random_ids(1, LENGTH), past_key_values=cache, schedule="diagonal")
+                model(random_ids(1, LENGTH), cache=cache, schedule="diagonal")
         assert same(cache_contents(cache), before)
 
     def test_a_call_in_inference_mode_leaves_weights_that_can_be_trained(self):
@@ -653,8 +653,8 @@ class TestCompiled:
         for _ in range(2):  # the second time with the buffers of the first
             found = model(ids, schedule="diagonal")
             assert difference(found.logits, expected.logits) <= 1e-4  # its norms are float32
-            for layer, state in expected.past_key_values.states.items():
-                assert difference(found.past_key_values.states[layer].A, state.A) <= 1e-4
+            for layer, state in expected.cache.states.items():
+                assert difference(found.cache.states[layer].A, state.A) <= 1e-4
         groups = model.fast.diagonal[0]
         assert groups.cold_start_s > 0
         assert len(groups.idle) == 1

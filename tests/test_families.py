@@ -93,7 +93,7 @@ def check_ragged_batch(model: ARMTForCausalLM, tolerance: float):
             assert difference(logits[number, -len(expected) :], expected) <= tolerance, f"{way}, row {number}"
 
     more = random_ids(len(rows), SEGMENT_SIZE + 1, seed=1)  # every row fills its segment at another step
-    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True).cache
     steps, _ = read_in_chunks(model, more, [1] * more.shape[1], cache=cache)
     for number, row in enumerate(rows):
         expected = model(torch.cat([row, more[number]])[None], use_cache=False).logits[0, len(row) :]

@@ -224,9 +224,9 @@ def test_a_finished_row_remembers_its_end_and_nothing_after_it(stop: str, pad, m
         alone = generate(model, row[None], **options)
         new, found = alone.sequences[0, len(row) :], together.sequences[number, ids.shape[1] :]
         assert found[: len(new)].tolist() == new.tolist()
-        mine, theirs = together.past_key_values, alone.past_key_values
+        mine, theirs = together.cache, alone.cache
         if len(new) < len(found):  # alone, generate ends before it reads the last token; in a batch others go on
-            model(new[None, -1:], past_key_values=theirs)
+            model(new[None, -1:], cache=theirs)
         assert (mine.tokens[number], mine.opened[number]) == (theirs.tokens[0], theirs.opened[0])
         for layer, state in theirs.states.items():
             expected = torch.zeros_like(mine.states[layer].A[0]) if state is None else state.A[0]
@@ -241,7 +241,7 @@ def test_a_conversation_goes_on_after_rows_that_ended_early(model, early_and_lat
     question, new = random_ids(2, 4, seed=9), first.sequences[:, ids.shape[1] :]
     real = new != PAD
     full, mask = torch.cat([first.sequences, question], dim=1), torch.cat([mask, real, mask.new_ones(2, 4)], dim=1)
-    answers = generate(model, full, attention_mask=mask, past_key_values=first.past_key_values)[:, full.shape[1] :]
+    answers = generate(model, full, attention_mask=mask, cache=first.cache)[:, full.shape[1] :]
     for number, row in enumerate(rows):
         text = torch.cat([row, new[number][real[number]], question[number]])
         assert answers[number].tolist() == greedy(model, text)
@@ -266,7 +266,7 @@ def test_rows_that_end_at_different_times_are_those_of_the_rows_alone(lengths, e
         new, found = alone.sequences[0, len(row) :].tolist(), together.sequences[number, ids.shape[1] :].tolist()
         assert found == new + [PAD] * (len(found) - len(new))
         read = len(row) + len(new) - (len(new) == len(found))  # the newest token of all waits for the next call
-        assert together.past_key_values.tokens[number] == read
+        assert together.cache.tokens[number] == read
 
 
 def test_a_finished_row_is_filled_with_padding(model, early_and_late):
@@ -294,14 +294,14 @@ def test_a_conversation_goes_on_with_the_full_ids(pad, model):
     first = generate(model, ids, attention_mask=mask, return_dict_in_generate=True)
     full = torch.cat([first.sequences, random_ids(2, 4, seed=9)], dim=1)
     mask = torch.cat([mask, mask.new_ones(2, full.shape[1] - mask.shape[1])], dim=1)
-    continued = generate(model, full, attention_mask=mask, past_key_values=first.past_key_values)
+    continued = generate(model, full, attention_mask=mask, cache=first.cache)
     assert continued.tolist() == generate(model, full, attention_mask=mask).tolist()
 
 
 def test_a_fork_takes_new_ids_only(model):
     text, question = random_ids(1, 2 * SEGMENT_SIZE + 3), random_ids(1, 4, seed=1)
-    memory = model(text).past_key_values.fork()
-    answer = generate(model, question, past_key_values=memory)[:, question.shape[1] :]
+    memory = model(text).cache.fork()
+    answer = generate(model, question, cache=memory)[:, question.shape[1] :]
     full = torch.cat([text, question], dim=1)
     assert answer.tolist() == generate(model, full)[:, full.shape[1] :].tolist()
 
@@ -309,16 +309,16 @@ def test_a_fork_takes_new_ids_only(model):
 @pytest.mark.parametrize("columns", [4, LENGTHS[-1]], ids=["new ids only", "nothing new"])
 def test_a_cache_that_is_no_fork_needs_the_full_ids(columns: int, model):
     text = random_ids(1, LENGTHS[-1])
-    cache = model(text).past_key_values
+    cache = model(text).cache
     with pytest.raises(ValueError, match=r"Pass all ids.*cache.fork\(\)"):
-        generate(model, text[:, :columns], past_key_values=cache)
+        generate(model, text[:, :columns], cache=cache)
 
 
 def test_a_memory_answers_several_questions(model):
     text, questions = random_ids(1, 2 * SEGMENT_SIZE + 3), [random_ids(1, n, seed=n) for n in (3, 6)]
-    memory = model(text).past_key_values
+    memory = model(text).cache
     for question in questions:
-        answer = generate(model, question, past_key_values=memory.fork())[0, question.shape[1] :]
+        answer = generate(model, question, cache=memory.fork())[0, question.shape[1] :]
         assert answer.tolist() == greedy(model, torch.cat([text, question], dim=1)[0])
 
 
@@ -327,8 +327,8 @@ def test_one_memory_serves_a_batch_of_questions(pad, model):
     text = random_ids(2 * SEGMENT_SIZE + 3)
     questions = [random_ids(n, seed=n) for n in (3, 1, 7)]
     ids, mask = pad(questions)
-    memory = model(text[None]).past_key_values.fork()
-    answers = generate(model, ids, attention_mask=mask, past_key_values=memory)[:, ids.shape[1] :]
+    memory = model(text[None]).cache.fork()
+    answers = generate(model, ids, attention_mask=mask, cache=memory)[:, ids.shape[1] :]
     for answer, question in zip(answers, questions, strict=True):
         assert answer.tolist() == greedy(model, torch.cat([text, question]))
 
@@ -336,17 +336,17 @@ def test_one_memory_serves_a_batch_of_questions(pad, model):
 @pytest.mark.parametrize("mode", ["beams", "several samples"])
 def test_one_memory_serves_beams_and_samples(mode: str, model):
     text, question = random_ids(1, 2 * SEGMENT_SIZE + 3), random_ids(1, 4, seed=1)
-    memory = model(text).past_key_values.fork()
-    answers = generate(model, question, past_key_values=memory, **MODES[mode])[:, question.shape[1] :]
+    memory = model(text).cache.fork()
+    answers = generate(model, question, cache=memory, **MODES[mode])[:, question.shape[1] :]
     full = torch.cat([text, question], dim=1)
     assert answers.tolist() == generate(model, full, **MODES[mode])[:, full.shape[1] :].tolist()
 
 
 def test_several_memories_serve_beams_when_repeated(model):
     texts, questions = random_ids(2, 2 * SEGMENT_SIZE + 3), random_ids(2, 4, seed=1)
-    memory = model(texts).past_key_values.fork()
+    memory = model(texts).cache.fork()
     memory.batch_repeat_interleave(3)
-    answers = generate(model, questions, past_key_values=memory, num_beams=3)[:, questions.shape[1] :]
+    answers = generate(model, questions, cache=memory, num_beams=3)[:, questions.shape[1] :]
     full = torch.cat([texts, questions], dim=1)
     assert answers.tolist() == generate(model, full, num_beams=3)[:, full.shape[1] :].tolist()
 
@@ -354,7 +354,7 @@ def test_several_memories_serve_beams_when_repeated(model):
 @pytest.mark.parametrize("chunk", [1, 3, SEGMENT_SIZE, 11])
 def test_a_prompt_can_be_read_in_chunks(chunk: int, model):
     ids, mask = pad_left([random_ids(2 * SEGMENT_SIZE + 3), random_ids(5)])
-    output = generate(model, ids, attention_mask=mask, prefill_chunk_size=chunk, past_key_values=ARMTCache())
+    output = generate(model, ids, attention_mask=mask, prefill_chunk_size=chunk, cache=ARMTCache())
     assert output.tolist() == generate(model, ids, attention_mask=mask).tolist()
 
 
@@ -372,7 +372,7 @@ def test_a_prompt_can_be_read_in_chunks(chunk: int, model):
         ({"cache_implementation": "offloaded"}, "constant size"),
         ({"cache_implementation": "quantized"}, "constant size"),
         ({"generation_config": GenerationConfig(cache_implementation="static")}, "constant size"),
-        ({"past_key_values": DynamicCache}, "ARMTCache"),
+        ({"cache": DynamicCache}, "ARMTCache"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "attentions"),
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
@@ -390,6 +390,6 @@ def test_continuous_batching_is_refused(name: str, model):
 
 
 def test_a_cache_of_another_number_of_rows_is_refused(model):
-    cache = model(random_ids(3, 5)).past_key_values
+    cache = model(random_ids(3, 5)).cache
     with pytest.raises(ValueError, match="3 rows, the input 2"):
-        model(random_ids(2, 5), past_key_values=cache)
+        model(random_ids(2, 5), cache=cache)

@@ -65,7 +65,7 @@ class Golden:
     @torch.no_grad()
     def states(self) -> dict[str, torch.Tensor]:
         """What the text leaves in memory, under the reference's names."""
-        cache = self.model(**self.inputs, use_cache=True).past_key_values
+        cache = self.model(**self.inputs, use_cache=True).cache
         if self.writes_tail:
             self.model.close_segment(cache)
         return name_states(cache)

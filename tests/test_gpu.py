@@ -52,7 +52,7 @@ def test_ragged_batch_in_chunks_gives_the_logits_of_each_row_alone():
     ids, mask = random_ids(3, 300), torch.ones(3, 300, dtype=torch.long, device="cuda")
     mask[0, :100], mask[1, 250:] = 0, 0
     first = model(ids[:, :130], attention_mask=mask[:, :130])
-    rest = model(ids[:, 130:], attention_mask=mask, past_key_values=first.past_key_values)
+    rest = model(ids[:, 130:], attention_mask=mask, cache=first.cache)
     logits = torch.cat([first.logits, rest.logits], dim=1)
     for row in range(3):
         real = mask[row] == 1
@@ -65,7 +65,7 @@ def test_bfloat16_keeps_projections_and_state_in_float32(backbone_config):
     model = make_model(backbone_config, torch.bfloat16)
     output = model(random_ids(2, 300))
     assert output.logits.dtype == torch.bfloat16
-    assert {state.A.dtype for state in output.past_key_values.states.values()} == {torch.float32}
+    assert {state.A.dtype for state in output.cache.states.values()} == {torch.float32}
     assert {parameter.dtype for parameter in model.memory.parameters()} == {torch.float32}
 
 
@@ -102,11 +102,11 @@ def test_a_memory_saved_on_the_gpu_answers_on_the_cpu(backbone_config, tmp_path)
     model = make_model(backbone_config, torch.float32)
     ids = random_ids(1, 300)
     with torch.no_grad():
-        memory = model(ids, logits_to_keep=1).past_key_values
+        memory = model(ids, logits_to_keep=1).cache
         model.save_memory(memory, tmp_path / "memory.safetensors")
-        here = model(ids[:, :40], past_key_values=memory.fork()).logits.cpu()
+        here = model(ids[:, :40], cache=memory.fork()).logits.cpu()
         model.to("cpu")
-        there = model(ids[:, :40].cpu(), past_key_values=model.load_memory(tmp_path / "memory.safetensors")).logits
+        there = model(ids[:, :40].cpu(), cache=model.load_memory(tmp_path / "memory.safetensors")).logits
     torch.testing.assert_close(here, there, atol=1e-3, rtol=1e-3)
 
 
@@ -127,7 +127,7 @@ def decode(model: ARMTForCausalLM, cache: ARMTCache, ids: torch.Tensor, real: to
     logits = []
     for n, tokens in enumerate(ids.split(1, dim=1)):
         mask = None if real is None else real[:, n, None]
-        logits.append(model(tokens, attention_mask=mask, past_key_values=cache).logits)
+        logits.append(model(tokens, attention_mask=mask, cache=cache).logits)
     return torch.cat(logits, dim=1)
 
 
@@ -138,7 +138,7 @@ def test_captured_steps_are_the_forward_of_a_token(backbone_config, rows: int, d
     model = make_model(backbone_config, dtype)
     ids, mask = random_ids(rows, 90), torch.ones(rows, 90, dtype=torch.long, device="cuda")
     mask[: rows // 2, :40] = 0  # rows fill their segments at different steps
-    cache = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).past_key_values
+    cache = model(ids, attention_mask=mask, use_cache=True, logits_to_keep=1).cache
     more, other = random_ids(rows, 220), cache.fork()
     real = torch.rand(rows, 220, generator=torch.Generator().manual_seed(0)) > (0.1 if rows > 1 else -1)
     expected = decode(model, cache, more, real.cuda())
@@ -157,7 +157,7 @@ def test_captured_steps_are_the_forward_of_a_token(backbone_config, rows: int, d
 @torch.no_grad()
 def test_weights_that_move_or_change_are_captured_again(backbone_config):
     model = make_model(backbone_config, torch.float32)
-    cache, ids = model(random_ids(1, 90)).past_key_values, random_ids(1, 20)
+    cache, ids = model(random_ids(1, 90)).cache, random_ids(1, 20)
     other = cache.fork()
     model.compile_armt()
     decode(model, other, ids)
@@ -180,7 +180,7 @@ def test_generate_streams_without_end_in_constant_memory_when_captured(backbone_
         torch.cuda.reset_peak_memory_stats()
         output = model.generate(random_ids(4, 50), max_new_tokens=new_tokens, **options)
         peaks.append(torch.cuda.max_memory_allocated())
-        assert output.past_key_values.lent_to is model.fast.decode
+        assert output.cache.lent_to is model.fast.decode
     assert peaks[2] <= 1.01 * peaks[1]
 
 
@@ -199,8 +199,8 @@ def test_reading_ahead_changes_nothing(backbone_config, rows: int, monkeypatch):
     for devices in ({"cuda"}, set()):
         monkeypatch.setattr(decode_armt, "READS_AHEAD", devices)
         output = model.generate(ids, return_dict_in_generate=True, **options)
-        cache = output.past_key_values
-        logits = model(random_ids(rows, 1), past_key_values=cache).logits
+        cache = output.cache
+        logits = model(random_ids(rows, 1), cache=cache).logits
         stats.append(cache.stats())
         results.append((output.sequences, logits, *(state.A for state in cache.states.values())))
         assert any(begun) == bool(devices)
@@ -229,13 +229,13 @@ def test_speed_of_decoding_on_the_shape_of_llama_3_2_1b(rows: int):
     with torch.device("cuda"):
         backbone = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         model = ARMTForCausalLM.from_backbone(backbone, segment_size=1024, num_mem_tokens=128, d_mem=64)
-    cache, token = model(random_ids(rows, 1500), logits_to_keep=1).past_key_values, random_ids(rows, 1)
+    cache, token = model(random_ids(rows, 1500), logits_to_keep=1).cache, random_ids(rows, 1)
 
     def speed(steps: int) -> float:
         torch.cuda.synchronize()
         start = time.perf_counter()
         for _ in range(steps):
-            model(token, past_key_values=cache)
+            model(token, cache=cache)
         torch.cuda.synchronize()
         return rows * steps / (time.perf_counter() - start)
 
@@ -270,8 +270,8 @@ def test_captured_diagonals_are_the_sequential_schedule(backbone_config, lanes: 
     for _ in range(3):  # compiled, captured, replayed
         found = model(ids, attention_mask=mask, schedule="diagonal")
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-3, rtol=1e-3)
-        for layer, state in expected.past_key_values.states.items():
-            torch.testing.assert_close(found.past_key_values.states[layer].A, state.A, atol=1e-3, rtol=1e-3)
+        for layer, state in expected.cache.states.items():
+            torch.testing.assert_close(found.cache.states[layer].A, state.A, atol=1e-3, rtol=1e-3)
     assert any(call.graph is not None for call in model.fast.diagonal[0].idle[0].calls.values())
     for layer in model.decoder.layers:  # in place: graphs see it
         layer.mlp.up_proj.weight.mul_(1.1)
@@ -302,7 +302,7 @@ def test_captured_diagonals_see_what_training_changes(backbone_config):
 
     def last_memory() -> torch.Tensor:
         with torch.autocast("cuda", torch.bfloat16):  # casts of weights are kept while it lasts
-            return model.read(ids, schedule="diagonal").past_key_values.states[3].A
+            return model.read(ids, schedule="diagonal").cache.states[3].A
 
     model.compile_armt()
     before = [last_memory() for _ in range(3)][-1]  # compiled, captured, replayed

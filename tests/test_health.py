@@ -95,7 +95,7 @@ def defined(model: ARMTForCausalLM, layer: int) -> Iterator[Definitions]:
 @pytest.mark.parametrize("layer", [0, 1])
 def test_every_number_is_what_its_definition_says(layer: int, model):
     with defined(model, layer) as by_definition:
-        cache = model(random_ids(1, LENGTH), use_cache=True, schedule="sequential").past_key_values
+        cache = model(random_ids(1, LENGTH), use_cache=True, schedule="sequential").cache
     found = {name: values[0] for name, values in cache.stats()[layer].items()}
     d = by_definition
     assert len(d.norms) == SEGMENTS and len(d.gammas) == SEGMENTS * NUM_MEM_TOKENS
@@ -157,16 +157,16 @@ def test_growth_is_in_doublings_per_thousand_segments(growth: float, model):
 def token_by_token(model: ARMTForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> ARMTCache:
     cache = ARMTCache()
     for n in range(ids.shape[1]):
-        model(ids[:, n : n + 1], attention_mask=mask[:, : n + 1], past_key_values=cache)
+        model(ids[:, n : n + 1], attention_mask=mask[:, : n + 1], cache=cache)
     return cache
 
 
 def sequential(model: ARMTForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> ARMTCache:
-    return model(ids, attention_mask=mask, use_cache=True, schedule="sequential").past_key_values
+    return model(ids, attention_mask=mask, use_cache=True, schedule="sequential").cache
 
 
 def diagonal(model: ARMTForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> ARMTCache:
-    return model(ids, attention_mask=mask, use_cache=True, schedule="diagonal").past_key_values
+    return model(ids, attention_mask=mask, use_cache=True, schedule="diagonal").cache
 
 
 def diagonal_with_gradients(model: ARMTForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> ARMTCache:
@@ -177,14 +177,14 @@ def diagonal_with_gradients(model: ARMTForCausalLM, ids: torch.Tensor, mask: tor
 def in_two_calls(model: ARMTForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> ARMTCache:
     half = ids.shape[1] // 2
     cache = diagonal(model, ids[:, :half], mask[:, :half])
-    return model(ids[:, half:], attention_mask=mask, past_key_values=cache, schedule="sequential").past_key_values
+    return model(ids[:, half:], attention_mask=mask, cache=cache, schedule="sequential").cache
 
 
 def decode_step(model: ARMTForCausalLM, ids: torch.Tensor, mask: torch.Tensor) -> ARMTCache:
     cache = sequential(model, ids[:, :6], mask[:, :6])
     model.compile_armt()
     for n in range(6, ids.shape[1]):
-        model(ids[:, n : n + 1], attention_mask=mask[:, n : n + 1], past_key_values=cache)
+        model(ids[:, n : n + 1], attention_mask=mask[:, n : n + 1], cache=cache)
     assert cache.lent_to is not None, "it did not go through the decode step"
     return cache
 
@@ -253,7 +253,7 @@ def test_padding_never_counts(model):
     ids, mask = pad_left(rows)
     together = sequential(model, ids, mask).stats()
     for number, row in enumerate(rows):
-        alone = model(row[None], use_cache=True, schedule="sequential").past_key_values.stats()
+        alone = model(row[None], use_cache=True, schedule="sequential").cache.stats()
         for layer, values in together.items():
             mine = {name: value[number] for name, value in values.items()}
             if layer in alone:
@@ -264,14 +264,14 @@ def test_padding_never_counts(model):
 
 
 def test_a_saved_memory_keeps_its_numbers(model, tmp_path):
-    cache = model(random_ids(2, LENGTH), use_cache=True).past_key_values
+    cache = model(random_ids(2, LENGTH), use_cache=True).cache
     model.save_memory(cache, tmp_path / "memory")
     assert model.load_memory(tmp_path / "memory").stats() == cache.stats()
 
 
 def test_a_memory_file_of_the_first_version_loads(model, tmp_path):
     """It had the sum and the number of gammas, and the smallest denominator; the rest begins with the next write."""
-    cache, path = model(random_ids(1, LENGTH), use_cache=True).past_key_values, tmp_path / "memory"
+    cache, path = model(random_ids(1, LENGTH), use_cache=True).cache, tmp_path / "memory"
     model.save_memory(cache, path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
@@ -290,7 +290,7 @@ def test_a_memory_file_of_the_first_version_loads(model, tmp_path):
         for name in ("A_norm", "z_norm", "mean_gamma", "min_denominator"):
             assert found[name] == pytest.approx(values[name], rel=1e-6), name
         assert found["lambda_max"] == found["max_read_ratio"] == found["A_growth"] == [None]
-    more = model(random_ids(1, 2 * SEGMENT_SIZE), past_key_values=loaded).past_key_values.stats()
+    more = model(random_ids(1, 2 * SEGMENT_SIZE), cache=loaded).cache.stats()
     assert more[0]["lambda_max"][0] > 0 and more[0]["max_read_ratio"][0] > 0
 
 
@@ -298,13 +298,13 @@ def test_a_memory_file_of_the_first_version_loads(model, tmp_path):
 
 
 def test_without_denominator_what_needs_it_is_none():
-    found = tiny_model("llama", use_denom=False)(random_ids(1, LENGTH), use_cache=True).past_key_values.stats()[0]
+    found = tiny_model("llama", use_denom=False)(random_ids(1, LENGTH), use_cache=True).cache.stats()[0]
     assert [found[name] for name in NEED_Z] == [None] * len(NEED_Z)
     assert found["max_read_ratio"][0] > 0 and found["zero_gamma_share"] == [0]
 
 
 def test_after_the_first_write_nothing_was_divided_yet(model):
-    found = model(random_ids(1, SEGMENT_SIZE), use_cache=True).past_key_values.stats()[0]
+    found = model(random_ids(1, SEGMENT_SIZE), use_cache=True).cache.stats()[0]
     assert [found[name] for name in NEED_Z] == [[None]] * len(NEED_Z)
     assert found["max_read_ratio"] == found["A_growth"] == [None]
     assert found["mean_gamma"] == [1] and found["zero_gamma_share"] == [0]
@@ -312,7 +312,7 @@ def test_after_the_first_write_nothing_was_divided_yet(model):
 
 def test_nothing_is_collected_in_training():
     model = tiny_model("llama").train()
-    cache = model(random_ids(1, LENGTH), use_cache=True).past_key_values
+    cache = model(random_ids(1, LENGTH), use_cache=True).cache
     assert cache.statistics == {}
     assert [cache.stats()[0][name] for name in NOT_OF_STATE] == [None] * len(NOT_OF_STATE)
 
@@ -322,7 +322,7 @@ def test_a_fresh_conversion_reads_nothing():
     model = add_memory(backbone)
     for memory in model.memory.values():
         nn.init.zeros_(memory.memory_value.weight)
-    found = model(random_ids(1, LENGTH), use_cache=True).past_key_values.stats()[0]
+    found = model(random_ids(1, LENGTH), use_cache=True).cache.stats()[0]
     assert found["max_read_ratio"] == [0] and found["A_growth"] == [None]
 
 

@@ -68,7 +68,7 @@ def test_records_what_the_cache_says(script, written):
     rng, size, cache, read = np.random.default_rng(0), task.pair_size, None, 0
     for record in content["points"]:
         text = script.draw(task, read >= SEGMENTS // 2, ROWS, (record["segments"] - read) * size, rng)
-        cache, read = model.read(torch.from_numpy(text), cache).past_key_values, record["segments"]
+        cache, read = model.read(torch.from_numpy(text), cache).cache, record["segments"]
         for layer, stats in cache.stats().items():
             found = record["layers"][str(layer)]
             for name, worst in (("A_norm", max), ("max_read_ratio", max), ("min_kz_ratio", min)):

@@ -46,7 +46,7 @@ BAD_INPUTS = {
     ),
     "position ids": ({"input_ids": IDS, "position_ids": torch.arange(11)[None]}, "positions restart in every segment"),
     "attentions": ({"input_ids": IDS, "output_attentions": True}, "attentions span one segment"),
-    "a foreign cache": ({"input_ids": IDS, "past_key_values": DynamicCache()}, "ARMTCache, not DynamicCache"),
+    "a foreign cache": ({"input_ids": IDS, "cache": DynamicCache()}, "ARMTCache, not DynamicCache"),
 }
 
 
@@ -72,15 +72,15 @@ def test_a_single_bad_token_is_refused(model):
 
 @pytest.mark.parametrize("rows", [3, 4])
 def test_a_cache_of_other_rows_is_refused(rows: int, model):
-    cache = model(IDS[:1].expand(rows, -1)).past_key_values
+    cache = model(IDS[:1].expand(rows, -1)).cache
     with pytest.raises(ValueError, match=f"the cache has {rows} rows, the input 2"):
-        model(IDS, past_key_values=cache)
+        model(IDS, cache=cache)
 
 
 def test_a_mask_may_cover_this_call_or_all_calls_but_nothing_else(model):
-    cache = model(IDS).past_key_values
+    cache = model(IDS).cache
     with pytest.raises(ValueError, match=r"it must be \(2, 3\), or \(2, 14\)"):
-        model(IDS[:, :3], attention_mask=torch.ones(2, 13), past_key_values=cache)
+        model(IDS[:, :3], attention_mask=torch.ones(2, 13), cache=cache)
 
 
 def test_a_bool_mask_is_a_mask(model):
@@ -95,7 +95,7 @@ def test_padding_tokens_without_a_mask_are_text(model):
     ids = IDS.clone()
     ids[:, :2] = PAD
     with torch.no_grad():
-        assert model(ids, past_key_values=ARMTCache()).past_key_values.tokens == [11, 11]
+        assert model(ids, cache=ARMTCache()).cache.tokens == [11, 11]
 
 
 def test_unknown_arguments_are_refused(model):

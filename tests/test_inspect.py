@@ -149,13 +149,13 @@ def test_norms_and_gammas_are_those_of_the_cache():
     model, ids = tiny_model("llama"), random_ids(LENGTH)
     found = record(model, ids)
     for number in range(1, SEGMENTS + 1):
-        stats = model(ids[None, : number * SEGMENT_SIZE], use_cache=True).past_key_values.stats()
+        stats = model(ids[None, : number * SEGMENT_SIZE], use_cache=True).cache.stats()
         for layer, values in stats.items():
             of = found.layers[layer]
             assert of.A_norm[number - 1] == pytest.approx(values["A_norm"][0], rel=1e-9)
             assert of.z_norm[number - 1] == pytest.approx(values["z_norm"][0], rel=1e-9)
             assert np.mean(of.gamma[:number]) == pytest.approx(values["mean_gamma"][0], rel=1e-9)
-    whole = model(ids[None], use_cache=True).past_key_values.stats()
+    whole = model(ids[None], use_cache=True).cache.stats()
     assert found.stats[0]["lambda_max"] == pytest.approx(whole[0]["lambda_max"])
 
 
@@ -248,7 +248,7 @@ def test_the_numbers_on_the_page_are_the_models(page, checkpoint):
     model = ARMTForCausalLM.from_pretrained(checkpoint)
     ids = AutoTokenizer.from_pretrained(checkpoint)(TEXT, return_tensors="pt")["input_ids"]
     output = model(ids, use_cache=True)
-    stats = output.past_key_values.stats()
+    stats = output.cache.stats()
     assert numbers["segments"] == ids.shape[1] // 16
     losses = nn.functional.cross_entropy(output.logits[0, :-1].float(), ids[0, 1:], reduction="none").split(16)
     assert numbers["loss_by_segment"]["memory"] == pytest.approx([loss.mean().item() for loss in losses], rel=1e-3)

@@ -118,7 +118,7 @@ def test_the_memory_of_a_row_is_that_of_the_row_alone(name: str, batch, data):
     model, (rows, ids, mask) = MODELS[name](), batch
     cache = read_in_chunks(model, ids, data.draw(splits_of(ids.shape[1])), mask, ARMTCache())[1]
     for number, row in enumerate(rows):
-        alone = model(row[None], use_cache=True).past_key_values
+        alone = model(row[None], use_cache=True).cache
         assert cache.segments[number] == alone.segments[0]
         for layer, state in alone.states.items():
             if state is None:  # in the batch there may be a state, but nothing in it
@@ -132,7 +132,7 @@ def test_the_memory_of_a_row_is_that_of_the_row_alone(name: str, batch, data):
 @torch.no_grad()
 def test_cache_rows_can_be_selected_repeated_and_reordered(batch, data):
     model, (rows, ids, mask) = MODELS["sliding windows"](), batch
-    cache = model(ids, attention_mask=mask).past_key_values
+    cache = model(ids, attention_mask=mask).cache
     way = data.draw(st.sampled_from(["select", "reorder", "repeat"]))
     if way == "repeat":
         repeats = data.draw(st.integers(1, 3))
@@ -152,10 +152,10 @@ def test_cache_rows_can_be_selected_repeated_and_reordered(batch, data):
 def test_a_row_without_memory_selected_from_a_batch_with_one_writes_for_the_first_time():
     model, rows = MODELS["rotary"](), [random_ids(SEGMENT_SIZE), random_ids(1)]
     ids, mask = pad_left(rows)
-    cache = model(ids, attention_mask=mask).past_key_values
+    cache = model(ids, attention_mask=mask).cache
     cache.batch_select_indices(torch.tensor([1]))
     more = random_ids(1, 2 * SEGMENT_SIZE, seed=1)
-    logits = model(more, past_key_values=cache).logits[0]
+    logits = model(more, cache=cache).logits[0]
     assert difference(logits, read_alone(model, torch.cat([rows[1], more[0]]))[1:]) <= TOLERANCE
 
 
@@ -164,13 +164,13 @@ def test_a_row_without_memory_selected_from_a_batch_with_one_writes_for_the_firs
 @torch.no_grad()
 def test_rows_with_nothing_in_a_call_keep_their_memory_exactly(batch, data):
     model, (rows, ids, mask) = MODELS["rotary"](), batch
-    cache = model(ids, attention_mask=mask).past_key_values
+    cache = model(ids, attention_mask=mask).cache
     before = cache.fork()
     idle = data.draw(st.integers(0, len(rows) - 1))
     columns = SEGMENT_SIZE + 2
     call = torch.ones(len(rows), columns, dtype=torch.long)
     call[idle] = 0
-    model(random_ids(len(rows), columns, seed=5), attention_mask=call, past_key_values=cache)
+    model(random_ids(len(rows), columns, seed=5), attention_mask=call, cache=cache)
     for name in ("opened", "segments", "tokens"):
         assert getattr(cache, name)[idle] == getattr(before, name)[idle]
     for layer, old in before.states.items():
@@ -187,9 +187,9 @@ def test_rows_with_nothing_in_a_call_keep_their_memory_exactly(batch, data):
 @torch.no_grad()
 def test_a_padding_column_returns_its_rows_last_logits_of_earlier_calls():
     model, row = MODELS["rotary"](), random_ids(SEGMENT_SIZE + 3)
-    cache = model(row.expand(2, -1)).past_key_values
+    cache = model(row.expand(2, -1)).cache
     mask = torch.tensor([[1, 1], [0, 0]])
-    logits = model(random_ids(2, 2, seed=3), attention_mask=mask, past_key_values=cache).logits
+    logits = model(random_ids(2, 2, seed=3), attention_mask=mask, cache=cache).logits
     assert difference(logits[1], read_alone(model, row)[-1].expand(2, -1)) <= TOLERANCE
 
 
@@ -206,7 +206,7 @@ def test_a_row_whose_first_call_is_all_padding_starts_later():
 def test_closing_a_segment_starts_a_new_one_on_what_it_wrote(length: int):
     """A closed tail is a segment of its own: what comes next reads it from the memory only."""
     model, row = MODELS["rotary"](), random_ids(length)
-    cache = model(row[None]).past_key_values
+    cache = model(row[None]).cache
     before = cache.fork()
     model.close_segment(cache)
     assert cache.opened == [0]
@@ -219,14 +219,14 @@ def test_closing_segments_of_a_batch_is_closing_each_alone():
     model = MODELS["sliding windows"]()
     rows = [random_ids(length, seed=length) for length in (3, SEGMENT_SIZE, SEGMENT_SIZE + 5)]
     ids, mask = pad_left(rows)
-    cache = model(ids, attention_mask=mask).past_key_values
+    cache = model(ids, attention_mask=mask).cache
     model.close_segment(cache)
     more = random_ids(len(rows), 5, seed=1)
-    logits = model(more, past_key_values=cache).logits
+    logits = model(more, cache=cache).logits
     for number, row in enumerate(rows):
-        alone = model(row[None]).past_key_values
+        alone = model(row[None]).cache
         model.close_segment(alone)
-        assert difference(logits[number], model(more[number : number + 1], past_key_values=alone).logits[0]) <= 1e-9
+        assert difference(logits[number], model(more[number : number + 1], cache=alone).logits[0]) <= 1e-9
 
 
 # Outputs other than all logits
@@ -352,7 +352,7 @@ def fail_in_the_second_segment(model: ARMTForCausalLM, ids: torch.Tensor, mask, 
     handle = model.decoder.layers[-1].register_forward_hook(break_down)
     try:
         with pytest.raises(MemoryError, match="no room"):
-            model(ids, attention_mask=mask, past_key_values=cache)
+            model(ids, attention_mask=mask, cache=cache)
     finally:
         handle.remove()
 
@@ -361,12 +361,12 @@ def wrong_ids(model: ARMTForCausalLM, ids: torch.Tensor, mask, cache: ARMTCache)
     ids = ids.clone()
     ids[-1, -2] = VOCABULARY
     with pytest.raises(ValueError, match=f"token id {VOCABULARY}"):
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, cache=cache)
 
 
 def wrong_mask(model: ARMTForCausalLM, ids: torch.Tensor, mask, cache: ARMTCache):
     with pytest.raises(ValueError, match="attention_mask has shape"):
-        model(ids, attention_mask=ids.new_ones(len(ids), 1), past_key_values=cache)
+        model(ids, attention_mask=ids.new_ones(len(ids), 1), cache=cache)
 
 
 @pytest.mark.parametrize("failure", [fail_in_the_second_segment, wrong_ids, wrong_mask])
@@ -374,7 +374,7 @@ def wrong_mask(model: ARMTForCausalLM, ids: torch.Tensor, mask, cache: ARMTCache
 @torch.no_grad()
 def test_a_failing_call_leaves_the_cache_as_it_was(failure, rows: int):
     model = MODELS["rotary"]()
-    cache = model(random_ids(rows, SEGMENT_SIZE + 3)).past_key_values
+    cache = model(random_ids(rows, SEGMENT_SIZE + 3)).cache
     before = cache_contents(cache)
     failure(model, random_ids(2, 2 * SEGMENT_SIZE, seed=1), None, cache)
     assert same(cache_contents(cache), before)
@@ -383,9 +383,9 @@ def test_a_failing_call_leaves_the_cache_as_it_was(failure, rows: int):
 @torch.no_grad()
 def test_after_a_failing_call_reading_goes_on():
     model, row = MODELS["rotary"](), random_ids(3 * SEGMENT_SIZE)
-    cache = model(row[None, :5]).past_key_values
+    cache = model(row[None, :5]).cache
     fail_in_the_second_segment(model, row[None, 5:], None, cache)
-    assert difference(model(row[None, 5:], past_key_values=cache).logits[0], read_alone(model, row)[5:]) <= TOLERANCE
+    assert difference(model(row[None, 5:], cache=cache).logits[0], read_alone(model, row)[5:]) <= TOLERANCE
 
 
 # Invariant 5: constant memory
@@ -396,7 +396,7 @@ def test_a_cache_does_not_grow():
     model = MODELS["rotary"]()
 
     def size(length: int) -> int:
-        contents = cache_contents(model(random_ids(2, length), logits_to_keep=1).past_key_values)
+        contents = cache_contents(model(random_ids(2, length), logits_to_keep=1).cache)
         return sum(tensor.numel() for tensor in contents["tensors"].values())
 
     assert size(3 * SEGMENT_SIZE + 5) == size(30 * SEGMENT_SIZE + 5)

@@ -56,8 +56,8 @@ class TestQa1:
         part = len(licence) // (len(FACTS) + 1)
         text = "".join(licence[part * number : part * (number + 1)] + fact for number, fact in enumerate(FACTS))
         read, nothing = ARMTCache(), ARMTCache()
-        model.read(encode(text + licence[part * len(FACTS) :]), past_key_values=read)
-        model.read(encode(licence), past_key_values=nothing)
+        model.read(encode(text + licence[part * len(FACTS) :]), cache=read)
+        model.read(encode(licence), cache=nothing)
         assert read.segments == [7]
         told, untold = (
             {name: self.ask(model, tokenizer, encode(f" Where is {name}?"), cache) for name in PLACES}
@@ -68,7 +68,7 @@ class TestQa1:
 
     @staticmethod
     def ask(model, tokenizer, question: torch.Tensor, cache: ARMTCache) -> str:
-        ids = model.generate(question, past_key_values=cache.fork(), max_new_tokens=2, do_sample=False)
+        ids = model.generate(question, cache=cache.fork(), max_new_tokens=2, do_sample=False)
         return tokenizer.decode(ids[0, question.shape[1] :], skip_special_tokens=True).strip()
 
 

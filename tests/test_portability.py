@@ -312,13 +312,13 @@ class TestDtype:
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @torch.no_grad()
     def test_state(self, saved, ids, dtype):
-        cache = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)(ids).past_key_values
+        cache = AutoModelForCausalLM.from_pretrained(saved, dtype=dtype)(ids).cache
         assert {tensor.dtype for state in cache.states.values() for tensor in state} == {torch.float32}
 
     @torch.no_grad()
     def test_state_of_a_model_that_was_cast_as_a_whole(self, saved, ids):
         cache = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).to(torch.bfloat16)(ids)
-        states = cache.past_key_values.states
+        states = cache.cache.states
         assert {tensor.dtype for state in states.values() for tensor in state} == {torch.float32}
 
     def test_saved_dtype_is_the_default(self, saved):
@@ -384,7 +384,7 @@ class TestPlaces:
 
     @torch.no_grad()
     def test_memory_is_known_to_an_offloaded_copy(self, saved, model, ids, tmp_path):
-        cache = model(ids).past_key_values
+        cache = model(ids).cache
         model.save_memory(cache, tmp_path / "memory")
         offloaded = self.load(saved, tmp_path, ["model.model.layers.1", "memory"])
         found = offloaded.load_memory(tmp_path / "memory").states[0].A
@@ -459,7 +459,7 @@ class TestQuantization:
 
     @torch.no_grad()
     def test_state_is_float32(self, either):
-        states = either(torch.arange(3, 33)[None]).past_key_values.states
+        states = either(torch.arange(3, 33)[None]).cache.states
         assert {tensor.dtype for state in states.values() for tensor in state} == {torch.float32}
 
     @torch.no_grad()

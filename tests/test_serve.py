@@ -537,7 +537,7 @@ def test_a_trained_model_remembers_what_each_session_was_told(tmp_path):
         ids, memory = tokenizer(told.format(name, *answers) + 4 * LONG)["input_ids"], ARMTCache()
         for question, answer in zip(questions, answers, strict=True):
             ids += tokenizer(question.format(name), add_special_tokens=False)["input_ids"]
-            said = int(model.read(ids, past_key_values=memory).logits[0, -1].argmax())
+            said = int(model.read(ids, cache=memory).logits[0, -1].argmax())
             if tokenizer.decode(said).strip() != answer:
                 return False
             ids = [said]

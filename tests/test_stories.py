@@ -57,7 +57,7 @@ memory = model.load_memory(file)
 answers = []
 for question in json.load(sys.stdin):
     ids = torch.tensor([question])
-    output = model.generate(ids, past_key_values=memory.fork(), max_new_tokens=60, min_new_tokens=60, do_sample=False)
+    output = model.generate(ids, cache=memory.fork(), max_new_tokens=60, min_new_tokens=60, do_sample=False)
     answers.append(output[0, len(question):].tolist())
 print(json.dumps(answers))
 """
@@ -130,7 +130,7 @@ class TestConstantMemory:
     def test_a_saved_memory_does_not_grow_with_the_text(self, model, novel, tmp_path):
         sizes = []
         for segments in (2, 40):
-            cache = model(novel[:, : segments * SEGMENT_SIZE + 17], logits_to_keep=1).past_key_values
+            cache = model(novel[:, : segments * SEGMENT_SIZE + 17], logits_to_keep=1).cache
             model.save_memory(cache, tmp_path / "memory")
             sizes.append((tmp_path / "memory").stat().st_size)
         assert abs(sizes[1] - sizes[0]) < 100  # numbers in the header have more digits
@@ -143,7 +143,7 @@ class TestSavedMemory:
     @classmethod
     def cache(cls, model: ARMTForCausalLM, novel: torch.Tensor) -> ARMTCache:
         with torch.no_grad():
-            cache = model(novel[:, :10_037], logits_to_keep=1).past_key_values
+            cache = model(novel[:, :10_037], logits_to_keep=1).cache
         assert cache.opened == [10_037 % SEGMENT_SIZE]
         return cache
 
@@ -156,7 +156,7 @@ class TestSavedMemory:
     @staticmethod
     def ask(model: ARMTForCausalLM, questions: list[list[int]], cache: ARMTCache) -> list[list[int]]:
         options = {"max_new_tokens": 60, "min_new_tokens": 60, "do_sample": False}
-        outputs = [model.generate(torch.tensor([q]), past_key_values=cache.fork(), **options)[0] for q in questions]
+        outputs = [model.generate(torch.tensor([q]), cache=cache.fork(), **options)[0] for q in questions]
         return [output[len(q) :].tolist() for q, output in zip(questions, outputs, strict=True)]
 
     @pytest.fixture(scope="class")
@@ -181,6 +181,6 @@ class TestSavedMemory:
 
     def test_answers_depend_on_what_was_read(self, model, questions, novel, answers):
         with torch.no_grad():
-            other = model(novel[:, 20_000:30_037], logits_to_keep=1).past_key_values
+            other = model(novel[:, 20_000:30_037], logits_to_keep=1).cache
         for answer, unlike in zip(answers, self.ask(model, questions, other), strict=True):
             assert answer != unlike

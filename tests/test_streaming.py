@@ -29,17 +29,17 @@ def ids() -> torch.Tensor:
 
 @torch.no_grad()
 def forward(model: ARMTForCausalLM, ids: torch.Tensor, cache: ARMTCache | None = None):
-    return model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return model(ids, cache=cache, use_cache=True, logits_to_keep=1)
 
 
 def assert_same_result(output, expected):
     assert output.logits.shape == expected.logits.shape
     assert difference(output.logits, expected.logits) < 1e-9
-    assert repr(output.past_key_values) == repr(expected.past_key_values)
-    assert output.past_key_values.columns == expected.past_key_values.columns
-    for layer, state in expected.past_key_values.states.items():
+    assert repr(output.cache) == repr(expected.cache)
+    assert output.cache.columns == expected.cache.columns
+    for layer, state in expected.cache.states.items():
         if state is not None:
-            assert difference(output.past_key_values.states[layer].A, state.A) < 1e-9
+            assert difference(output.cache.states[layer].A, state.A) < 1e-9
 
 
 def mapped(dtype) -> Callable:
@@ -110,7 +110,7 @@ class TestSources:
         sizes = data.draw(st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any))
         before, block_segments = data.draw(st.integers(0, 20)), data.draw(st.integers(1, 4))
         ids = random_ids(before + sum(sizes))
-        cache = forward(model, ids[None, :before]).past_key_values if before else None
+        cache = forward(model, ids[None, :before]).cache if before else None
         output = model.read(iter(ids[before:].split(sizes)), cache, block_segments=block_segments)
         assert_same_result(output, forward(model, ids[None]))
 
@@ -130,31 +130,31 @@ class TestSources:
 
 class TestCache:
     def test_goes_on_in_an_open_segment(self, model, ids):
-        cache = forward(model, ids[None, :13]).past_key_values
+        cache = forward(model, ids[None, :13]).cache
         output = model.read(ids[13:], cache, block_segments=2)
-        assert output.past_key_values is cache
+        assert output.cache is cache
         assert_same_result(output, forward(model, ids[None]))
 
     def test_forward_goes_on_from_it(self, model, ids):
-        cache = model.read(ids[:50], block_segments=2).past_key_values
+        cache = model.read(ids[:50], block_segments=2).cache
         assert_same_result(forward(model, ids[None, 50:], cache), forward(model, ids[None]))
 
     def test_rows_at_different_places(self, model):
         ids, more = random_ids(2, 20), random_ids(2, TOKENS, seed=1)
         mask = torch.ones_like(ids)
         mask[0, :5] = 0
-        caches = [model(ids, attention_mask=mask, use_cache=True).past_key_values for _ in range(2)]
+        caches = [model(ids, attention_mask=mask, use_cache=True).cache for _ in range(2)]
         output = model.read(more, caches[0], block_segments=2)
         assert_same_result(output, forward(model, more, caches[1]))
 
     def test_one_memory_for_many_rows(self, model, ids):
-        cache, more = forward(model, ids[None]).past_key_values, random_ids(3, 30, seed=1)
+        cache, more = forward(model, ids[None]).cache, random_ids(3, 30, seed=1)
         expected = forward(model, more, cache.fork())
         assert_same_result(model.read(more, cache.fork(), block_segments=1), expected)
 
     @pytest.mark.parametrize("opened", [0, 3])
     def test_no_block_ends_inside_a_segment(self, model, ids, opened, monkeypatch):
-        cache = forward(model, ids[None, :opened]).past_key_values if opened else ARMTCache()
+        cache = forward(model, ids[None, :opened]).cache if opened else ARMTCache()
         widths, call = [], type(model).forward
 
         def spy(self, input_ids, **kwargs):
@@ -170,7 +170,7 @@ class TestCache:
     @pytest.mark.parametrize("opened", [0, 13])
     @pytest.mark.parametrize("wrong", ["id", "source"])
     def test_failure_half_way_leaves_it_untouched(self, model, ids, opened, wrong):
-        cache = forward(model, ids[None, :opened]).past_key_values if opened else ARMTCache()
+        cache = forward(model, ids[None, :opened]).cache if opened else ARMTCache()
         before = cache_contents(cache)
 
         def broken() -> Iterator[int]:
@@ -221,7 +221,7 @@ class TestLaziness:
         model, total = tiny_model(), 2_000_000
         expected, seen = forward(model, random_ids(1, 9)), 0
 
-        def count(self, input_ids, past_key_values, **kwargs):
+        def count(self, input_ids, cache, **kwargs):
             nonlocal seen
             seen += input_ids.shape[1]
             return expected
@@ -319,9 +319,9 @@ class TestErrors:
 
     def test_cache_of_another_kind(self, model, ids):
         with pytest.raises(ValueError, match="must be an ARMTCache"):
-            model.read(ids, past_key_values=())
+            model.read(ids, cache=())
 
     def test_rows_of_the_cache(self, model, ids):
-        cache = forward(model, random_ids(2, 5)).past_key_values
+        cache = forward(model, random_ids(2, 5)).cache
         with pytest.raises(ValueError, match="the cache has 2 rows, the input 1"):
             model.read(iter(ids.tolist()), cache)

@@ -563,8 +563,8 @@ class TestTexts:
         whole = torch.cat([batch["background"].expand(len(batch["input_ids"]), -1), batch["input_ids"]], dim=1)
         masked = torch.cat([torch.full_like(whole[:, : batch["background"].shape[1]], -100), batch["labels"]], dim=1)
         at_once = model(whole, labels=masked).loss
-        memory = model.read(batch["background"]).past_key_values
-        split = model(batch["input_ids"], labels=batch["labels"], past_key_values=memory, return_logits=False).loss
+        memory = model.read(batch["background"]).cache
+        split = model(batch["input_ids"], labels=batch["labels"], cache=memory, return_logits=False).loss
         assert split.item() == pytest.approx(at_once.item(), rel=1e-5)
 
     def test_the_background_of_rewriting_is_pairs_written_before(self, recipe, symbols):

@@ -282,9 +282,9 @@ def test_checkpoints_change_nothing_in_a_padded_batch_with_truncation(return_log
 
 def test_checkpoints_change_nothing_with_a_cache(model):
     ids, caches = random_ids(2, LENGTH), [ARMTCache(), ARMTCache()]
-    expected = loss_and_gradients(model, ids, past_key_values=caches[0])
+    expected = loss_and_gradients(model, ids, cache=caches[0])
     enable_checkpointing(model)
-    assert_identical(loss_and_gradients(model, ids, past_key_values=caches[1]), expected)
+    assert_identical(loss_and_gradients(model, ids, cache=caches[1]), expected)
     assert same(cache_contents(caches[1]), cache_contents(caches[0]))
 
 
@@ -323,7 +323,7 @@ def windowed(model: ARMTForCausalLM, ids: torch.Tensor, detach_before: set[int])
     for number, segment in enumerate(ids.split(SEGMENT_SIZE, dim=1)):
         if number in detach_before:
             cache.states = {layer: state.map(torch.Tensor.detach) for layer, state in cache.states.items()}
-        logits.append(model(segment, past_key_values=cache).logits)
+        logits.append(model(segment, cache=cache).logits)
     loss = mean_cross_entropy(torch.cat(logits, dim=1), ids)
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -395,7 +395,7 @@ def test_a_text_can_be_trained_in_several_calls(return_logits: bool, model):
     """With a cache from call to call; its end is the end of a window too."""
     ids, cache = random_ids(2, 2 * LENGTH), ARMTCache()
     for part in ids.split(LENGTH, dim=1):
-        output = model(part, labels=part, past_key_values=cache, bptt_segments=2, return_logits=return_logits)
+        output = model(part, labels=part, cache=cache, bptt_segments=2, return_logits=return_logits)
         output.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
@@ -433,8 +433,8 @@ def test_a_copy_trains_itself_and_not_the_original(model):
 
 def test_training_makes_no_cache_unless_asked(model):
     ids = random_ids(1, LENGTH)
-    assert model(ids).past_key_values is None
-    assert isinstance(model(ids, use_cache=True).past_key_values, ARMTCache)
+    assert model(ids).cache is None
+    assert isinstance(model(ids, use_cache=True).cache, ARMTCache)
 
 
 def test_mixed_precision_keeps_the_memory_in_float32(model):
@@ -442,7 +442,7 @@ def test_mixed_precision_keeps_the_memory_in_float32(model):
     with torch.autocast("cpu", torch.bfloat16):
         output = model(ids, labels=ids, use_cache=True)
     output.loss.backward()
-    assert all(state.A.dtype == torch.float32 for state in output.past_key_values.states.values())
+    assert all(state.A.dtype == torch.float32 for state in output.cache.states.values())
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 

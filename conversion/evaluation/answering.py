@@ -53,7 +53,7 @@ def read_rows(
         if int(left.min()) < width:
             mask = (torch.arange(width) < left[:, None]).long().to(model.device)
         ids = torch.from_numpy(block).to(model.device)
-        logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(input_ids=ids, attention_mask=mask, cache=cache, logits_to_keep=1).logits
         progress(int(left.sum()))
     return logits[:, -1]
 
@@ -85,7 +85,7 @@ def answer(
     columns = [newest]
     ended = is_one_of(newest, stop_ids)
     while len(columns) < max_new_tokens and not bool(ended.all()):
-        newest = model(input_ids=newest[:, None], past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1)
+        newest = model(input_ids=newest[:, None], cache=cache, logits_to_keep=1).logits[:, -1].argmax(-1)
         columns.append(newest)
         ended |= is_one_of(newest, stop_ids)
     return [until(row, stop_ids) for row in torch.stack(columns, dim=1).tolist()]

@@ -73,7 +73,7 @@ def losses_of(
     values = text.no_losses()
     for start in range(0, ids.shape[1], step):
         block = text.block(start, start + step, slice(None))
-        logits = subject.model(**block, past_key_values=cache).logits
+        logits = subject.model(**block, cache=cache).logits
         text.fill(values, logits, start, slice(None))
         progress(int(text.real[:, start : start + step].sum()))
     result.seconds, result.stats = now(subject) - started, cache.stats()

@@ -92,7 +92,7 @@ def record(model: ARMTForCausalLM, ids: torch.Tensor, progress: Callable[[int], 
     with _recording(model, recorders):
         for start in range(0, len(ids), size):
             piece, targets = ids[None, start : start + size], ids[start + 1 : start + size + 1]
-            logits = model(piece, past_key_values=cache, schedule="sequential").logits[0, : len(targets)]
+            logits = model(piece, cache=cache, schedule="sequential").logits[0, : len(targets)]
             losses.append(nn.functional.cross_entropy(logits.float(), targets, reduction="none"))
             for recorder in recorders.values():
                 recorder.number += 1

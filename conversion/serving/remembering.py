@@ -106,7 +106,7 @@ class RememberingModel:
         reply = cache.fork()
         sequences = self.model.generate(
             input_ids[:, last:],
-            past_key_values=reply,
+            cache=reply,
             generation_config=generation_config,
             tokenizer=tokenizer,
             streamer=streamer,

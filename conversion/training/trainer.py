@@ -108,7 +108,7 @@ class CurriculumTrainer(Trainer):
         for number in range(passes):
             part = {name: of[number] for name, of in chunks.items()}
             if memory is not None:
-                part["past_key_values"] = memory.fork()
+                part["cache"] = memory.fork()
             with nullcontext() if number == passes - 1 else self.accelerator.no_sync(model):
                 loss = loss + super().training_step(model, part, num_items_in_batch)
         return loss
@@ -124,7 +124,7 @@ class CurriculumTrainer(Trainer):
         """
         self.model.train()
         with self.accelerator.autocast():
-            return armt_model(self.model).read(background).past_key_values
+            return armt_model(self.model).read(background).cache
 
     def distill(self, model, plain: torch.Tensor) -> None:
         """Gradients of the divergence from the untouched backbone on `(B, T)` text no longer than a segment."""
