@@ -148,14 +148,21 @@ class ARMTPreTrainedModel(PreTrainedModel):
         model.generation_config = copy.deepcopy(backbone.generation_config)
         return model.train(backbone.training)
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):
+        # Of custom code the stock method leaves modules out that have no parameters of their own: the memories.
+        super()._initialize_weights(module)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         if isinstance(module, AssociativeMemory):
-            bound = module.memory_query.in_features**-0.5
-            for linear in (module.memory_query, module.memory_key, module.memory_beta):
-                init.uniform_(linear.weight, -bound, bound)
-            init.zeros_(module.memory_value.weight)  # a fresh memory stores and returns 0
-            init.ones_(module.memory_beta.bias)
+            for name, parameter in module.named_parameters():
+                if name == "memory_beta.bias":
+                    init.ones_(parameter)
+                elif name == "memory_value.weight":
+                    init.zeros_(parameter)  # a fresh memory stores and returns 0
+                else:
+                    bound = parameter.shape[-1] ** -0.5
+                    init.uniform_(parameter, -bound, bound)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
 
