@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .attachment_armt import attach_memories, causal_table_size, find_decoder, find_decoder_layers
 from .cache_armt import ARMTCache
@@ -30,7 +31,7 @@ from .memory_armt import AssociativeMemory
 from .memory_file_armt import load_memory, save_memory
 from .reading_armt import run_steps
 from .schedule_armt import choose_schedule
-from .segmentation_armt import OutputColumns, RealTokens, Step
+from .segmentation_armt import OutputColumns, RealTokens, Step, count_targets
 from .stacking_armt import separate_storages
 from .streaming_armt import read_stream
 from .truncation_armt import truncated_loss
@@ -412,7 +413,8 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             schedule: `sequential`, `diagonal`, or None for what is faster here; they return the same.
             return_dict: False for a tuple.
             past_key_values: another name of `cache`, the one before transformers 5.24.
-            kwargs: `num_items_in_batch` and other arguments of the loss function.
+            kwargs: `num_items_in_batch`, by which the sum of the losses is divided: the labels behind the first column
+                of all batches of a step, as the Trainer counts them; and other arguments of the loss function.
 
         Returns:
             `loss`, `logits` `(B, T, vocabulary)`, `cache`, `hidden_states`. A padding column holds what its
@@ -453,7 +455,11 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
         if labels is not None and labels.shape != (tokens.batch_size, tokens.num_columns):
             expected = (tokens.batch_size, tokens.num_columns)
             raise ValueError(f"labels has shape {tuple(labels.shape)}; it must be that of the input, {expected}.")
-        loss = logits = hidden_states = None
+        loss = logits = hidden_states = targets = None
+        if labels is not None:
+            targets = tokens.next_of(labels)
+            if kwargs.get("num_items_in_batch") is not None:
+                kwargs["num_items_in_batch"] = count_targets(labels, targets, kwargs["num_items_in_batch"])
         if return_logits:
             if isinstance(logits_to_keep, torch.Tensor):
                 logits_to_keep = check_columns(logits_to_keep, tokens.num_columns)
@@ -465,12 +471,11 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
                 hidden = hidden[:, logits_to_keep.to(hidden.device) - first]
             logits = self._logits(hidden)
             if labels is not None:
-                targets = tokens.next_of(labels)
                 if tokens.rank is not None:
                     targets = targets.gather(1, tokens.rank.clamp(min=0)).masked_fill(~tokens.real, -100)
                 loss = self._loss(logits, targets, **kwargs)
         else:
-            loss = self._loss_by_segment(tokens.next_of(labels), steps, run, bptt_segments, inputs_embeds, **kwargs)
+            loss = self._loss_by_segment(targets, steps, run, bptt_segments, inputs_embeds, **kwargs)
         output = ARMTCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -576,6 +581,9 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             return sum(windows())
         return truncated_loss(windows(), parameters)
 
+
+# Names by which transformers knows a causal language model: its Trainer smooths shifted labels for no other one.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ARMTConfig.model_type] = ARMTForCausalLM.__name__
 
 ARMTModel.register_for_auto_class("AutoModel")
 ARMTForCausalLM.register_for_auto_class("AutoModelForCausalLM")

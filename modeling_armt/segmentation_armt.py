@@ -102,6 +102,21 @@ class RealTokens:
         return nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
+def count_targets(labels: torch.Tensor, targets: torch.Tensor, counted: torch.Tensor | int) -> torch.Tensor:
+    """
+    The number of targets in all batches of an optimizer step. Trainers count what stock models predict, all labels
+    behind the first column. Nothing predicts a row's first token here, wherever it stands, nor padding: the number
+    shrinks by as much as this batch has fewer targets.
+
+    Args:
+        labels, targets: `(B, T)` of this batch, -100 where there is none.
+        counted: labels behind the first column, of all batches.
+    """
+    stock, own = (labels[:, 1:] != -100).sum(), (targets != -100).sum()
+    counted = torch.as_tensor(counted, device=labels.device)
+    return torch.where(own > 0, counted * (own / stock.clamp(min=1)), counted)
+
+
 def plan_steps(
     counts: list[int],
     opened: list[int],

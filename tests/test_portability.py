@@ -58,6 +58,7 @@ else:
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 folder, work, prompt = sys.argv[1:]
 ids = load_file(f"{work}/ids.safetensors")["ids"]
@@ -77,6 +78,7 @@ facts = {
     "classes": [type(body).__name__, type(model).__name__, type(writer.model).__name__],
     "modules": [type(each).__module__ for each in (body, model, writer.model, model.config)],
     "text": writer(prompt, max_new_tokens=40, do_sample=False)[0]["generated_text"],
+    "causal": type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
     "package": any(name.partition(".")[0] == "modeling_armt" for name in sys.modules),
 }
 AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(f"{work}/saved-again")
@@ -156,6 +158,9 @@ class TestWithoutThePackage:
 
     def test_auto_classes_and_pipeline_find_their_class(self, visit):
         assert visit.facts["classes"] == ["ARMTModel", "ARMTForCausalLM", "ARMTForCausalLM"]
+
+    def test_transformers_knows_the_class_for_a_causal_language_model(self, visit):
+        assert visit.facts["causal"] is True
 
     @torch.no_grad()
     def test_auto_model_for_causal_lm_gives_the_logits_of_here(self, visit, model, ids):

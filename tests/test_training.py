@@ -4,14 +4,18 @@ to train on long texts with bounded memory (loss by segment, checkpoints per seg
 """
 
 import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, SEGMENT_SIZE, VOCABULARY, add_memory, random_ids, tiny_backbone, tiny_model
 from helpers import CHECKPOINTING, cache_contents, difference, enable_checkpointing, pad_left, pad_right, same
+from peft import get_peft_model
 from transformers import Trainer, TrainingArguments
 
 from modeling_armt import ARMTCache, ARMTForCausalLM
+from modeling_armt.conversion.adapters import lora_config
 
 
 LENGTH = 3 * SEGMENT_SIZE + 3
@@ -444,6 +448,58 @@ def test_mixed_precision_keeps_the_memory_in_float32(model):
     output.loss.backward()
     assert all(state.A.dtype == torch.float32 for state in output.cache.states.values())
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# Under the stock Trainer
+
+
+def batch_of(pad: Callable, lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+    ids, mask = pad([random_ids(length, seed=length) for length in lengths])
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def trainer_for(model: torch.nn.Module, folder: Path, **options) -> Trainer:
+    return Trainer(model, TrainingArguments(folder, report_to="none", use_cpu=True, disable_tqdm=True, **options))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT uses the old name
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_smoothed_labels_are_shifted_as_for_the_backbone(adapted: bool, tmp_path):
+    backbone, ids = tiny_backbone(FAMILIES["llama"]), random_ids(2, SEGMENT_SIZE)
+
+    def smoothed_loss(model: torch.nn.Module) -> float:
+        trainer = trainer_for(model, tmp_path, label_smoothing_factor=0.1)
+        return trainer.compute_loss(model, {"input_ids": ids, "labels": ids}).item()
+
+    expected = smoothed_loss(backbone)
+    model = ARMTForCausalLM.from_backbone(backbone, segment_size=SEGMENT_SIZE)
+    if adapted:
+        model = get_peft_model(model, lora_config(model))
+    assert smoothed_loss(model) == pytest.approx(expected, rel=1e-9)
+
+
+@every_way
+@pytest.mark.parametrize("pad", [pad_left, pad_right])
+@pytest.mark.parametrize("masked", [True, False], ids=["padding masked in the labels", "labels equal ids"])
+def test_the_trainer_divides_by_the_targets_that_are_summed(return_logits: bool, pad, masked: bool, model, tmp_path):
+    """It counts the first token of a row that begins behind padding, which nothing predicts here."""
+    batch = batch_of(pad, (LENGTH, 5, 3))
+    if not masked:
+        batch["labels"] = batch["input_ids"]
+    trainer = trainer_for(model, tmp_path)
+    _, number = trainer.get_batch_samples(iter([batch]), 1, torch.device("cpu"))
+    found = trainer.compute_loss(model, batch | {"return_logits": return_logits}, num_items_in_batch=number)
+    assert found.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+
+
+def test_of_several_batches_in_a_step_each_counts_by_its_labels(model, tmp_path):
+    batches = [batch_of(pad_right, (LENGTH, 5)), batch_of(pad_left, (5, 3))]
+    trainer = trainer_for(model, tmp_path)
+    _, number = trainer.get_batch_samples(iter(batches), 2, torch.device("cpu"))
+    found = sum(trainer.compute_loss(model, dict(batch), num_items_in_batch=number).item() for batch in batches)
+    first, second = (model(**batch).loss.item() for batch in batches)
+    counts = LENGTH - 1 + 4, 4 + 3  # of the second batch, 7 labels are behind the first column
+    assert found == pytest.approx((counts[0] * first + counts[1] * second) / sum(counts), rel=1e-6)
 
 
 @pytest.mark.parametrize("checkpoints", [False, True], ids=["plain", "checkpointed"])
