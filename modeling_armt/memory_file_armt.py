@@ -1,24 +1,29 @@
-"""Memory on disk: an [`ARMTCache`] as a safetensors file that knows which model it belongs to."""
+"""Memory on disk: an [`ARMTCache`] as a safetensors file that knows which model it belongs to and what was saved."""
 
 import hashlib
+import itertools
 import json
 import os
 import secrets
+import stat
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from transformers.modeling_utils import safe_open, safe_save_file
+from transformers.utils import logging
 
-from .cache_armt import ARMTCache, SegmentKeys
+from .cache_armt import ARMTCache
 from .memory_armt import MemoryState
 from .statistics_armt import LayerStatistics
 
 
-FORMAT_VERSION = "2"
-READABLE_VERSIONS = ("1", "2")  # 1 had other statistics
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = "3"
+METADATA = ("format", "version", "model", "rows")  # and the digest, from version 3 on
+ROWS = ("opened", "segments", "tokens")
 _TRAINING_ONLY = ("drop", "initializer", "coef")
 _CHUNK = 1 << 24  # elements checksummed at once, to bound the memory it takes
 
@@ -68,13 +73,8 @@ def model_identity(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_memory(model: PreTrainedModel, cache: ARMTCache, path: str | os.PathLike) -> None:
-    """Writes `cache` to `path`; a failure leaves what was there before."""
-    if not isinstance(cache, ARMTCache) or cache.batch_size < 1:
-        raise ValueError(
-            "there is no memory to save: pass the cache that a forward or generate of this model returned, "
-            f"not {type(cache).__name__}."
-        )
+def _tensors(cache: ARMTCache) -> dict[str, torch.Tensor]:
+    """All tensors of a memory, by their names in a file."""
     tensors = {"last_hidden": cache.last_hidden}
     for layer, state in cache.states.items():
         if state is not None:
@@ -84,16 +84,51 @@ def save_memory(model: PreTrainedModel, cache: ARMTCache, path: str | os.PathLik
         tensors |= {f"statistics.{layer}.{name}": value for name, value in statistics.columns().items()}
     for layer, keys in enumerate([] if cache.keys is None else cache.keys.layers):
         tensors |= {f"keys.{layer}.keys": keys.keys, f"keys.{layer}.values": keys.values}
-    rows = {"opened": cache.opened, "segments": cache.segments, "tokens": cache.tokens}
+    return tensors
+
+
+def _not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of a tensor with values that no memory has. Statistics are infinite for what was not met yet."""
+    for name, tensor in tensors.items():
+        if tensor.isnan().any() or (tensor.isinf().any() and not name.startswith("statistics.")):
+            return name
+    return None
+
+
+def _digest(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of all that a file says but this."""
+    digest = hashlib.sha256(json.dumps([metadata[name] for name in METADATA]).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        # Squeezed, since a dimension of 1 may have any stride and views as bytes must not.
+        digest.update(tensor.squeeze().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_memory(model: PreTrainedModel, cache: ARMTCache, path: str | os.PathLike) -> None:
+    """Writes `cache` to `path`; a failure leaves what was there before, and a file that was there keeps its mode."""
+    if not isinstance(cache, ARMTCache) or cache.batch_size < 1:
+        raise ValueError(
+            "there is no memory to save: pass the cache that a forward or generate of this model returned, "
+            f"not {type(cache).__name__}."
+        )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(cache).items()}
+    if name := _not_finite(tensors):
+        raise ValueError(
+            f"there is no memory to save: {name} has values that are not finite. cache.stats() says more."
+        )
     metadata = {"format": "armt-memory", "version": FORMAT_VERSION, "model": model_identity(model)}
-    metadata["rows"] = json.dumps(rows)
+    metadata["rows"] = json.dumps({name: getattr(cache, name) for name in ROWS})
+    metadata["digest"] = _digest(metadata, tensors)
 
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    mode = temporary.stat().st_mode  # the usual one; safetensors makes files for one user only
     try:
-        safe_save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary, metadata)
+        # That of the file, or the usual one: safetensors makes files for one user only.
+        mode = stat.S_IMODE((path if path.exists() else temporary).stat().st_mode)
+        temporary.chmod(0o600)
+        safe_save_file(tensors, temporary, metadata)
         temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
@@ -101,7 +136,13 @@ def save_memory(model: PreTrainedModel, cache: ARMTCache, path: str | os.PathLik
 
 
 def load_memory(model: PreTrainedModel, path: str | os.PathLike) -> ARMTCache:
-    """Reads what [`save_memory`] wrote, as the start of a new conversation: its length is 0."""
+    """
+    Reads what [`save_memory`] wrote, as the start of a new conversation: its length is 0.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for anything but a memory of this model as it was saved.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no memory file at {path}.")
     try:
@@ -115,47 +156,106 @@ def load_memory(model: PreTrainedModel, path: str | os.PathLike) -> ARMTCache:
         raise ValueError(f"{path} is truncated or not a memory file: {error}") from error
     if metadata.get("format") != "armt-memory":
         raise ValueError(f"{path} is a safetensors file, but not a memory written by save_memory.")
-    if metadata["version"] not in READABLE_VERSIONS:
+    version = metadata.get("version")
+    if version not in ("2", FORMAT_VERSION):
         raise ValueError(
-            f"{path} has memory format {metadata['version']}, this code reads {' and '.join(READABLE_VERSIONS)}; "
-            "read the text again, or use the package version that wrote the file."
+            f"{path} has memory format {version}, this code reads 2 and {FORMAT_VERSION}; read the text again, or use "
+            "the package version that wrote the file."
         )
+    if set(metadata) != {*METADATA, *(["digest"] if version == FORMAT_VERSION else [])}:
+        raise ValueError(f"{path} is damaged: its metadata are {', '.join(sorted(metadata))}.")
+    if version == FORMAT_VERSION and metadata["digest"] != _digest(metadata, tensors):
+        raise ValueError(f"{path} is damaged: its contents do not match its digest. Read the text again.")
     if metadata["model"] != model_identity(model):
         raise ValueError(
             f"{path} belongs to another model: its configuration or weights differ from this one's. A memory only "
             "means something to the model that wrote it; load that model, or read the text again."
         )
-    cache = ARMTCache()
-    for name, value in json.loads(metadata["rows"]).items():
-        setattr(cache, name, value)
-    devices = model.layer_devices()
-    memories = {int(layer): memory for layer, memory in model.memory.items()}
-    cache.last_hidden = tensors.pop("last_hidden").to(model.device, model.dtype)
-    cache.states = dict.fromkeys(model.config.memory_layer_indices)
-    for name, tensor in tensors.items():
-        kind, layer, field = name.split(".")
-        layer = int(layer)
-        if kind in ("states", "statistics"):
-            place = (memories[layer].device or devices[layer], memories[layer].state_dtype)
-        if kind == "states" and field == "A":
-            z = tensors.get(f"states.{layer}.z")
-            cache.states[layer] = MemoryState(tensor, z).map(lambda t, place=place: t.to(*place))
-        elif kind == "statistics":
-            if field in ("gamma_sum", "gamma_count"):  # version 1 counted memory tokens
-                field = {"gamma_sum": "gamma", "gamma_count": "writes"}[field]
-                tensor = tensor / model.config.num_mem_tokens
-            if layer not in cache.statistics:
-                cache.statistics[layer] = LayerStatistics.new(len(tensor), memories[layer].zero_state(0, place[0]).A)
-            cache.statistics[layer].set_column(field, tensor)
-    num_key_layers = sum(name.startswith("keys.") for name in tensors) // 2
-    if num_key_layers:
-        cache.keys = SegmentKeys()
-        for layer in range(num_key_layers):
-            entry = DynamicLayer()
-            keys, values = (
-                tensors[f"keys.{layer}.{kind}"].to(devices[layer], model.dtype) for kind in ("keys", "values")
+    try:
+        rows = _checked_rows(metadata["rows"], model.config.segment_size)
+        cache = _like(model, rows, {name.partition(".")[0] for name in tensors})
+        _check_tensors(tensors, _tensors(cache))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Read the text again.") from error
+    if version != FORMAT_VERSION:
+        logger.warning(
+            f"{path} has memory format {version}, which has no digest: damaged values would not be noticed. Save it "
+            "again to give it one."
+        )
+    return _fill(model, cache, tensors)
+
+
+def _checked_rows(text: str, segment_size: int) -> dict[str, list[int]]:
+    """Tokens in the open segment, segments written and tokens read of every row; a ValueError for what is not that."""
+    try:
+        rows = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("its rows are no JSON of a memory") from error
+    if not isinstance(rows, dict) or set(rows) != set(ROWS):
+        raise ValueError(f"its rows do not have {', '.join(ROWS)}, and nothing else")
+    if not all(isinstance(counts, list) and all(type(n) is int for n in counts) for counts in rows.values()):
+        raise ValueError("its rows are not lists of integers")
+    if len({len(counts) for counts in rows.values()}) != 1 or not rows["tokens"]:
+        raise ValueError("its rows are not equally many of each kind")
+    for row, (opened, segments, tokens) in enumerate(zip(*(rows[name] for name in ROWS), strict=True)):
+        least, most = segments + opened, segments * segment_size + opened  # a segment may be closed early
+        if not (0 <= opened < segment_size and segments >= 0 and least <= tokens <= most and tokens < 2**63):
+            raise ValueError(
+                f"row {row} has {tokens} tokens in {segments} segments and {opened} tokens in an open one, which "
+                f"segments of {segment_size} do not allow"
             )
-            entry.lazy_initialization(keys, values)
-            entry.keys, entry.values = keys, values
-            cache.keys.layers.append(entry)
+    return rows
+
+
+@torch.no_grad()
+def _like(model: PreTrainedModel, rows: dict[str, list[int]], kinds: set[str]) -> ARMTCache:
+    """A memory with the tensors that one with these rows must have, in shape; what a first token leaves tells it."""
+    cache = model(torch.zeros(1, 1, dtype=torch.long), use_cache=True, return_dict=True).cache
+    batch_size, length = len(rows["tokens"]), max(rows["opened"])
+    cache.last_hidden = cache.last_hidden.expand(batch_size, -1)
+    cache.keys = cache.keys.map(lambda states: states.expand(batch_size, -1, length, -1)) if length else None
+    written = any(rows["segments"]) or "states" in kinds
+    empty = {int(layer): memory.zero_state(batch_size, "meta") for layer, memory in model.memory.items()}
+    cache.states = empty if written else dict.fromkeys(empty)
+    with_statistics = written and "statistics" in kinds
+    cache.statistics = {n: LayerStatistics.new(batch_size, s.A) for n, s in empty.items() if with_statistics}
+    cache.columns = 0
+    for name in ROWS:
+        setattr(cache, name, rows[name])
+    return cache
+
+
+def _check_tensors(tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    if set(tensors) != set(expected):
+        missing, unknown = (sorted(a - b) for a, b in itertools.permutations((set(expected), set(tensors))))
+        raise ValueError(f"it lacks the tensors {missing} and has {unknown}")
+    for name, tensor in tensors.items():
+        kept_exactly = name.startswith(("states.", "statistics."))
+        dtypes = (torch.float32, torch.float64, *(() if kept_exactly else (torch.bfloat16, torch.float16)))
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} is {tensor.dtype}")
+    if name := _not_finite(tensors):
+        raise ValueError(f"{name} has values that are not finite")
+
+
+def _fill(model: PreTrainedModel, cache: ARMTCache, tensors: dict[str, torch.Tensor]) -> ARMTCache:
+    """Puts the tensors of a file into a memory that has their shapes, on the devices where the model works on them."""
+    devices = model.layer_devices()
+    cache.last_hidden = tensors["last_hidden"].to(cache.last_hidden)
+    for layer, state in cache.states.items():
+        memory = model.memory[str(layer)]
+        device = memory.device or devices[layer]
+        if state is not None:
+            state = MemoryState(tensors[f"states.{layer}.A"], tensors.get(f"states.{layer}.z"))
+            cache.states[layer] = state.map(lambda t, memory=memory, device=device: t.to(device, memory.state_dtype))
+        if layer in cache.statistics:
+            statistics = LayerStatistics.new(cache.batch_size, cache.states[layer].A)
+            for name in statistics.columns():
+                statistics.set_column(name, tensors[f"statistics.{layer}.{name}"])
+            cache.statistics[layer] = statistics
+    for layer, keys in enumerate([] if cache.keys is None else cache.keys.layers):
+        keys.keys = tensors[f"keys.{layer}.keys"].to(keys.keys)
+        keys.values = tensors[f"keys.{layer}.values"].to(keys.values)
     return cache

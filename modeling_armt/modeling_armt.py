@@ -193,7 +193,8 @@ class ARMTPreTrainedModel(PreTrainedModel):
         forward take the ids that come after what it has read.
 
         Raises:
-            ValueError: if the file is damaged, has another format or belongs to another model.
+            FileNotFoundError: if there is no such file.
+            ValueError: for anything but a memory of this model as it was saved.
         """
         return load_memory(self, path)
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 from families import FAMILIES, NUM_MEM_TOKENS, SEGMENT_SIZE, add_memory, random_ids, tiny_backbone, tiny_model
 from helpers import pad_left, pad_right
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt
@@ -267,31 +265,6 @@ def test_a_saved_memory_keeps_its_numbers(model, tmp_path):
     cache = model(random_ids(2, LENGTH), use_cache=True).cache
     model.save_memory(cache, tmp_path / "memory")
     assert model.load_memory(tmp_path / "memory").stats() == cache.stats()
-
-
-def test_a_memory_file_of_the_first_version_loads(model, tmp_path):
-    """It had the sum and the number of gammas, and the smallest denominator; the rest begins with the next write."""
-    cache, path = model(random_ids(1, LENGTH), use_cache=True).cache, tmp_path / "memory"
-    model.save_memory(cache, path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    for layer, values in cache.stats().items():
-        for name in [name for name in tensors if name.startswith(f"statistics.{layer}.")]:
-            del tensors[name]
-        count = SEGMENTS * NUM_MEM_TOKENS
-        former = {"gamma_count": count, "gamma_sum": count * values["mean_gamma"][0]}
-        former["min_denominator"] = values["min_denominator"][0]
-        tensors |= {f"statistics.{layer}.{name}": torch.tensor([v]).double() for name, v in former.items()}
-    save_file(tensors, path, {**metadata, "version": "1"})
-    loaded = model.load_memory(path)
-    for layer, values in cache.stats().items():
-        found = loaded.stats()[layer]
-        for name in ("A_norm", "z_norm", "mean_gamma", "min_denominator"):
-            assert found[name] == pytest.approx(values[name], rel=1e-6), name
-        assert found["lambda_max"] == found["max_read_ratio"] == found["A_growth"] == [None]
-    more = model(random_ids(1, 2 * SEGMENT_SIZE), cache=loaded).cache.stats()
-    assert more[0]["lambda_max"][0] > 0 and more[0]["max_read_ratio"][0] > 0
 
 
 # What there is nothing to say about
