@@ -34,7 +34,7 @@ from .schedule_armt import choose_schedule
 from .segmentation_armt import OutputColumns, RealTokens, Step, count_targets
 from .stacking_armt import separate_storages
 from .streaming_armt import read_stream
-from .truncation_armt import truncated_loss
+from .truncation_armt import truncated_loss, zero_loss
 
 
 class ARMTPreTrainedModel(PreTrainedModel):
@@ -274,7 +274,19 @@ class ARMTPreTrainedModel(PreTrainedModel):
         if before is None and not columns.empty:  # no row has had a token yet
             width = self.get_output_embeddings().weight.shape[-1]
             before = torch.zeros(columns.tokens.batch_size, width, dtype=self.dtype, device=self.device)
-        return columns.collect(before)
+        hidden, *hidden_states = columns.collect(before)
+        return self._using_all_memories(hidden), *hidden_states
+
+    def _using_all_memories(self, value: torch.Tensor) -> torch.Tensor:
+        """
+        The same value, with every trainable parameter of the memories and the memory tokens in its graph: those that a
+        text does not need get a gradient of 0 instead of none, for which data parallel training would wait.
+        """
+        memories = (*self.memory.parameters(), *self.memory_tokens.parameters())
+        parameters = [parameter for parameter in memories if parameter.requires_grad]
+        if not parameters or not torch.is_grad_enabled():
+            return value
+        return value + zero_loss(parameters).to(value.device)
 
     @torch.no_grad()
     def close_segment(self, cache: ARMTCache) -> None:
@@ -579,7 +591,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
         if inputs_embeds is not None and inputs_embeds.requires_grad:
             parameters.append(inputs_embeds)
         if bptt_segments is None or not torch.is_grad_enabled() or not parameters:
-            return sum(windows())
+            return self._using_all_memories(sum(windows()))
         return truncated_loss(windows(), parameters)
 
 

@@ -11,16 +11,22 @@ import torch
 
 
 class _LossWithGradients(torch.autograd.Function):
-    """A loss whose gradients are known already."""
+    """A loss whose gradients are known already: zero where there is none."""
 
     @staticmethod
     def forward(ctx, loss: torch.Tensor, gradients: list[torch.Tensor | None], *parameters: torch.Tensor):
-        ctx.gradients = gradients
+        ctx.gradients, ctx.parameters = gradients, parameters
         return loss.clone()
 
     @staticmethod
     def backward(ctx, grad_output: torch.Tensor):
-        return None, None, *(None if g is None else g * grad_output.to(g) for g in ctx.gradients)
+        pairs = zip(ctx.gradients, ctx.parameters, strict=True)
+        return None, None, *(torch.zeros_like(p) if g is None else g * grad_output.to(g) for g, p in pairs)
+
+
+def zero_loss(parameters: list[torch.Tensor]) -> torch.Tensor:
+    """A loss of exactly 0, whose gradients at all parameters are exactly 0, whatever is in them."""
+    return _LossWithGradients.apply(torch.zeros(()), [None] * len(parameters), *parameters)
 
 
 def truncated_loss(windows: Iterator[torch.Tensor], parameters: list[torch.Tensor]) -> torch.Tensor:

@@ -4,7 +4,7 @@ to train on long texts with bounded memory (loss by segment, checkpoints per seg
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from families import FAMILIES, SEGMENT_SIZE, VOCABULARY, add_memory, random_ids, tiny_backbone, tiny_model
 from helpers import CHECKPOINTING, cache_contents, difference, enable_checkpointing, pad_left, pad_right, same
 from peft import get_peft_model
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 from modeling_armt import ARMTCache, ARMTForCausalLM
@@ -448,6 +449,67 @@ def test_mixed_precision_keeps_the_memory_in_float32(model):
     output.loss.backward()
     assert all(state.A.dtype == torch.float32 for state in output.cache.states.values())
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# Parameters that a text does not use
+
+
+UNUSED = {
+    "a text of one segment": {"length": SEGMENT_SIZE},
+    "labels in the first segment": {"labelled": slice(0, 3)},
+    "a window of one segment": {"bptt_segments": 1},
+}
+
+
+def loss_of(model: torch.nn.Module, length: int = LENGTH, labelled: slice = slice(None), **options) -> torch.Tensor:
+    ids = random_ids(2, length)
+    labels = torch.full_like(ids, -100)
+    labels[:, labelled] = ids[:, labelled]
+    return model(ids, labels=labels, **options).loss
+
+
+@every_way
+@pytest.mark.parametrize("options", UNUSED.values(), ids=UNUSED)
+def test_memories_that_a_text_does_not_use_get_a_gradient_of_zero(return_logits: bool, options: dict, model):
+    model.model.requires_grad_(False)
+    loss = loss_of(model, return_logits=return_logits, **options)
+    with torch.no_grad():
+        assert torch.equal(loss, loss_of(model, return_logits=return_logits, **options))
+    loss.backward()
+    writing = [name for name, _ in model.memory.named_parameters() if "query" not in name]
+    gradients = {name: parameter.grad for name, parameter in model.memory.named_parameters()}
+    assert all(gradient is not None for gradient in gradients.values())
+    assert not any(gradients[name].any() for name in writing)
+    assert model.memory_tokens.weight.grad is not None and not model.memory_tokens.weight.grad.any()
+
+
+def test_infinite_weights_that_a_text_does_not_use_change_nothing(model):
+    expected = loss_and_gradients(model, random_ids(2, SEGMENT_SIZE))
+    torch.nn.init.constant_(model.memory_tokens.weight, torch.inf)
+    found = loss_and_gradients(model, random_ids(2, SEGMENT_SIZE))
+    assert_identical(found, expected)
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")  # PEFT uses the old name
+@every_way
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_data_parallel_training_waits_for_no_gradient(return_logits: bool, adapted: bool, model, process_group):
+    """As the Trainer has it with gradient checkpointing; after a gradient that is missing the next forward fails."""
+    enable_checkpointing(model)
+    if adapted:
+        model = get_peft_model(model, lora_config(model)).train()
+    parallel = DistributedDataParallel(model, find_unused_parameters=False)
+    for options in (*UNUSED.values(), {}):
+        loss_of(parallel, return_logits=return_logits, **options).backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None for parameter in trained)
 
 
 # Under the stock Trainer

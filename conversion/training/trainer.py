@@ -185,6 +185,5 @@ def training_arguments(recipe: Recipe, curriculum: Curriculum, folder: Path) -> 
         ignore_data_skip=True,  # batches begin where they shall by themselves
         report_to=recipe.report_to or "none",
         remove_unused_columns=False,
-        ddp_find_unused_parameters=True,  # a text of one segment does not use the memory
         seed=recipe.seed,
     )
