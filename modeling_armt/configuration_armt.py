@@ -1,5 +1,6 @@
 """Configuration of an Associative Recurrent Memory Transformer (ARMT, arXiv 2407.04841)."""
 
+from operator import attrgetter
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -15,6 +16,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # The formula of the paper: plain DPFP features, epsilon in gamma's denominator.
     "paper": {"normalize_features": False, "gamma_eps": 1e-5},
 }
+
+BACKBONE_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+"""Fields of `text_config` that tools look for at the top."""
+
+# What every configuration of transformers is made with, beside the fields that it declares.
+_STOCK_ARGUMENTS = {"name_or_path", "num_labels", "output_attentions", "torch_dtype"}
+_STOCK_ARGUMENTS |= {"attn_implementation", "experts_implementation"}
 
 
 class ARMTConfig(PreTrainedConfig):
@@ -38,8 +46,12 @@ class ARMTConfig(PreTrainedConfig):
         memory_layers (`list[int]`, *optional*): backbone layers that have a memory; None means all.
         armt_version (`int`): version of the checkpoint format; written by the package, not set by hand.
 
+    The backbone's `vocab_size`, `hidden_size`, `num_hidden_layers`, `num_attention_heads` and
+    `max_position_embeddings`, as far as it has them, can be read here too, and are set in `text_config` only.
+
     Raises:
-        ValueError: for a value that cannot work; the message says which and what to do.
+        ValueError: for a value that cannot work, also when it is set later or given to `from_pretrained`, and for an
+            unknown field; the message says which and what to do.
 
     Example:
 
@@ -84,18 +96,39 @@ class ARMTConfig(PreTrainedConfig):
                 "ARMTConfig needs text_config, the configuration of the backbone. To turn a pretrained decoder into "
                 "an ARMT checkpoint run: armt convert BACKBONE --out DIR"
             )
-        if not isinstance(self.text_config, PreTrainedConfig):
+        self.validate_memory()
+        # What a file holds beside these was set by other tools, or by a later version that this code can do without.
+        unknown = [] if self.transformers_version else kwargs.keys() - _STOCK_ARGUMENTS
+        if unknown:
             raise ValueError(
-                f"text_config is {self.text_config!r}; it must be a configuration of transformers or a dict."
+                f"{', '.join(sorted(unknown))}: ARMTConfig has no such field. What belongs to the backbone "
+                "is set in its own configuration, text_config."
             )
-        self._validate_memory()
+        kwargs = {name: value for name, value in kwargs.items() if name not in BACKBONE_SIZES}
         # The head is the backbone's: whether it is tied is read there, and this copy is what tools look at.
         kwargs["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
         # A configuration hands its attention implementation down, so it must not start with less than the backbone.
         kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
         super().__post_init__(**kwargs)
 
-    def _validate_memory(self):
+    def __setattr__(self, name: str, value: Any):
+        if name in BACKBONE_SIZES:
+            raise AttributeError(f"{name} is the backbone's, and can only be set in text_config.")
+        complete, before = hasattr(self, "_name_or_path"), self.__dict__.get(name)
+        super().__setattr__(name, value)
+        if complete and (name == "text_config" or name in MEMORY_FIELDS):
+            try:
+                self.validate_memory()
+            except ValueError:
+                super().__setattr__(name, before)
+                raise
+
+    def validate_memory(self):
+        """Raises ValueError for a value that cannot work."""
+        if not isinstance(self.text_config, PreTrainedConfig):
+            raise ValueError(
+                f"text_config is {self.text_config!r}; it must be a configuration of transformers or a dict."
+            )
         for name, least in {"segment_size": 1, "num_mem_tokens": 1, "d_mem": 1, "dpfp_nu": 1}.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -136,14 +169,13 @@ class ARMTConfig(PreTrainedConfig):
                 f"memory_layers is {list(layers)}; indices must be different and lie between 0 and {count - 1}, since "
                 f"the backbone has {count} layers."
             )
-        self.memory_layers = sorted(layers)
+        if layers != sorted(layers):
+            self.memory_layers = sorted(layers)
 
     @property
     def memory_fields(self) -> dict[str, Any]:
         """The fields that say how a memory works, without the backbone's."""
-        names = (*VARIANTS["v2"], "segment_size", "num_mem_tokens", "d_mem", "dpfp_nu", "denom_eps", "correction")
-        more = ("use_denom", "write_guard", "memory_layers", "armt_version")
-        return {name: getattr(self, name) for name in (*names, *more)}
+        return {name: getattr(self, name) for name in MEMORY_FIELDS}
 
     @property
     def memory_layer_indices(self) -> list[int]:
@@ -158,15 +190,28 @@ class ARMTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):
-        """Builds the configuration from a `config.json` dict; refuses the configuration of a plain backbone."""
+        """
+        Builds the configuration from a `config.json` dict and options given at load, which are checked as one; refuses
+        the configuration of a plain backbone.
+        """
         model_type = config_dict.get("model_type")
         if model_type != cls.model_type:
             raise ValueError(
                 f"this is the configuration of a {model_type!r} model, not of an ARMT checkpoint. Convert it first: "
                 "armt convert BACKBONE --out DIR"
             )
-        return super().from_dict(config_dict, **kwargs)
+        options = {name: kwargs.pop(name) for name in MEMORY_FIELDS if name in kwargs}
+        return super().from_dict(config_dict | options, **kwargs)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As for any configuration; nothing is written of one that would not load again."""
+        self.validate_memory()
+        super().save_pretrained(save_directory, **kwargs)
+
+
+MEMORY_FIELDS = tuple(name for name in ARMTConfig.__annotations__ if name != "text_config")
+for _size in BACKBONE_SIZES:
+    setattr(ARMTConfig, _size, property(attrgetter(f"text_config.{_size}")))
 
 ARMTConfig.register_for_auto_class()
 AutoConfig.register(ARMTConfig.model_type, ARMTConfig, exist_ok=True)

@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from functools import partial
 
 import torch
-from transformers import GenerationMixin, StoppingCriteriaList
+from transformers import GenerationMixin, MaxLengthCriteria, StoppingCriteriaList
 from transformers.generation import GenerationMode
 
 from .cache_armt import ARMTCache
@@ -107,8 +107,25 @@ class ARMTGenerationMixin(GenerationMixin):
             undo_ahead(self)
             _finished_rows.reset(token)
 
+    # The backbone's longest text bounds a segment, not what is generated: no default and no reminder comes from it.
+
+    def _prepare_generated_length(self, generation_config, has_default_max_length, input_ids_length, **kwargs):
+        new_tokens = generation_config.max_length
+        generation_config = super()._prepare_generated_length(
+            generation_config=generation_config,
+            has_default_max_length=has_default_max_length,
+            input_ids_length=input_ids_length,
+            **kwargs,
+        )
+        if has_default_max_length and generation_config.max_new_tokens is None:
+            generation_config.max_length = new_tokens + input_ids_length
+        return generation_config
+
     def _get_stopping_criteria(self, generation_config, *args, **kwargs):
         criteria = super()._get_stopping_criteria(generation_config, *args, **kwargs)
+        for criterion in criteria:
+            if isinstance(criterion, MaxLengthCriteria):
+                criterion.max_position_embeddings = None
         if generation_config.num_beams == 1:  # beams that end leave the batch by themselves
             criteria = FinishedRows(criteria)
             _finished_rows.set(criteria)

@@ -22,7 +22,7 @@ from .attachment_armt import attach_memories, causal_table_size, find_decoder, f
 from .cache_armt import ARMTCache
 from .compatibility_armt import CACHE, ARMTCausalLMOutput, ARMTModelOutput, one_cache
 from .compilation_armt import FastPaths
-from .configuration_armt import ARMTConfig
+from .configuration_armt import MEMORY_FIELDS, ARMTConfig
 from .decode_armt import decode
 from .generation_armt import ARMTGenerationMixin
 from .head_armt import run_head
@@ -126,10 +126,10 @@ class ARMTPreTrainedModel(PreTrainedModel):
         """
         if isinstance(backbone, ARMTPreTrainedModel) or getattr(backbone, "get_output_embeddings", bool)() is None:
             raise TypeError(f"{type(backbone).__name__} is not a plain causal language model with a head.")
-        config = ARMTConfig(text_config=backbone.config, **memory_options)
-        unknown = set(memory_options) - set(config.memory_fields)
+        unknown = set(memory_options) - set(MEMORY_FIELDS)
         if unknown:
             raise TypeError(f"{', '.join(sorted(unknown))}: no such option; see ARMTConfig.")
+        config = ARMTConfig(text_config=backbone.config, **memory_options)
         with torch.device("meta"):
             model = cls(config)
         model.model = backbone
@@ -176,6 +176,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
     # Saving: both Auto classes find their code in the folder, and the memory of a text has a file of its own
 
     def save_pretrained(self, save_directory, **kwargs):
+        self.config.validate_memory()
         self.config.auto_map = {
             "AutoConfig": "configuration_armt.ARMTConfig",
             "AutoModel": "modeling_armt.ARMTModel",

@@ -228,6 +228,17 @@ class TestSaved:
         for name in load_file(run.adapter / "adapter_model.safetensors"):
             assert "lora_" in name or any(f".{module}." in name for module in MEMORY_MODULES), name
 
+    @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+    @pytest.mark.parametrize("vocabulary", [61, 70])
+    def test_holds_the_embeddings_if_they_were_resized(self, vocabulary, tmp_path):
+        tiny_model("llama").save_pretrained(tmp_path / "base")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(vocabulary)
+        adapted = get_peft_model(model, lora_config(model))
+        adapted.save_pretrained(tmp_path / "adapter")
+        names = {name.split(".")[-2] for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")}
+        assert names & {"embed_tokens", "lm_head"} == ({"embed_tokens", "lm_head"} if vocabulary > 61 else set())
+
     def test_names_its_base(self, run):
         config = json.loads((run.adapter / "adapter_config.json").read_text())
         assert config["base_model_name_or_path"] == str(run.base)

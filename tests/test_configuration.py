@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from families import FAMILIES, SEGMENT_SIZE, Family, tiny_backbone, tiny_model
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
 from modeling_armt import ARMTConfig, ARMTForCausalLM
 from modeling_armt.configuration_armt import ARMT_VERSION
@@ -51,6 +51,63 @@ BAD_VALUES = {
 def test_bad_values_are_refused_by_name(name: str, value, backbone):
     with pytest.raises(ValueError, match=name):
         ARMTConfig(**{"text_config": backbone, name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in BAD_VALUES.items() for value in values])
+def test_bad_values_are_refused_later_too_and_change_nothing(name: str, value, backbone):
+    config = ARMTConfig(text_config=backbone)
+    before = config.to_dict()
+    with pytest.raises(ValueError, match=name):
+        setattr(config, name, value)
+    assert config.to_dict() == before
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A checkpoint whose memory has three layers."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model("smollm3", d_mem=16, dpfp_nu=3).float().save_pretrained(folder)
+    return folder
+
+
+BAD_AT_LOAD = {"segment_size": 0, "denom_eps": -1e-5, "gamma_eps": float("nan"), "memory_layers": [], "dpfp_nu": 32}
+
+
+@pytest.mark.parametrize("load", [AutoConfig.from_pretrained, AutoModelForCausalLM.from_pretrained])
+@pytest.mark.parametrize("name", BAD_AT_LOAD)
+def test_bad_values_are_refused_when_given_at_load(name: str, load, saved):
+    with pytest.raises(ValueError, match=name):
+        load(saved, **{name: BAD_AT_LOAD[name]})
+
+
+def test_options_given_at_load_are_checked_together(saved):
+    config = AutoConfig.from_pretrained(saved, d_mem=1, dpfp_nu=1, memory_layers=(2, 0))
+    assert (config.d_mem, config.dpfp_nu, config.memory_layers) == (1, 1, [0, 2])
+
+
+def test_what_cannot_be_loaded_again_is_not_saved(tmp_path):
+    model = tiny_model("llama", memory_layers=[0, 1])
+    model.config.memory_layers.append(7)
+    for save in (model.save_pretrained, model.config.save_pretrained):
+        with pytest.raises(ValueError, match="memory_layers"):
+            save(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["memory", "segment_sizes", "vocab_size", "tie_word_embeddings"])
+def test_unknown_fields_are_refused_by_name(name: str, backbone):
+    with pytest.raises(ValueError, match=f"^{name}: ARMTConfig has no such field"):
+        ARMTConfig(text_config=backbone, **{name: 8})
+
+
+def test_fields_that_others_wrote_into_a_file_do_no_harm(saved, backbone, tmp_path):
+    """Other tools, other versions of transformers, and later ones of this package."""
+    file = tmp_path / "config.json"
+    written = {"use_cache": False, "tuned_with": "a tool", "vocab_size": 5, "write_threshold": 0.5, "pruned_heads": {}}
+    file.write_text(json.dumps(json.loads((saved / "config.json").read_text()) | written))
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.tuned_with, config.write_threshold, config.vocab_size) == ("a tool", 0.5, 61)
+    assert ARMTConfig(**config.to_dict()).to_dict() == config.to_dict()
 
 
 def test_without_a_backbone_the_command_that_converts_one_is_named():
@@ -104,6 +161,36 @@ def test_the_backbone_may_be_a_dictionary(backbone):
 def test_tied_embeddings_are_the_backbones_business(tied: bool, backbone):
     backbone.tie_word_embeddings = tied
     assert ARMTConfig(text_config=backbone).tie_word_embeddings == tied
+
+
+# The backbone's sizes
+
+SIZES = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, GPT2Config, BloomConfig])
+def test_the_backbones_sizes_can_be_read_at_the_top_as_far_as_it_has_them(kind):
+    backbone = kind()
+    sizes = {size: getattr(backbone, size) for size in SIZES if hasattr(backbone, size)}
+    config = ARMTConfig(text_config=backbone)
+    assert {size: getattr(config, size) for size in SIZES if hasattr(config, size)} == sizes
+    assert len(sizes) == (4 if kind is BloomConfig else 5)
+
+
+def test_they_follow_the_embedding_and_stay_out_of_the_file(tmp_path):
+    model = tiny_model("llama")
+    model.resize_token_embeddings(70)
+    assert model.config.vocab_size == 70
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()).keys().isdisjoint(SIZES)
+    assert AutoConfig.from_pretrained(tmp_path).vocab_size == 70
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_they_are_set_in_the_backbones_configuration_only(size: str, backbone):
+    config = ARMTConfig(text_config=backbone)
+    with pytest.raises(AttributeError, match=f"{size} is the backbone's"):
+        setattr(config, size, 8)
 
 
 # Layers with a memory

@@ -1,6 +1,7 @@
 """The stock `generate`: what it returns is what a plain forward says, whatever the mode, the batch and the cache."""
 
 import functools
+import logging
 import threading
 
 import pytest
@@ -136,8 +137,20 @@ def test_a_stop_string_ends_a_text(model):
 @every_model
 def test_a_prompt_may_be_longer_than_the_backbones_context(name: str):
     model = MODELS[name]()
-    row = random_ids(3 * model.config.text_config.max_position_embeddings + 1)
+    row = random_ids(3 * model.config.max_position_embeddings + 1)
     assert generate(model, row[None])[0, len(row) :].tolist() == greedy(model, row)
+
+
+@pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+def test_nor_does_it_shorten_or_comment_on_what_is_generated(model, caplog, monkeypatch):
+    logger = logging.getLogger("transformers.generation.stopping_criteria")
+    monkeypatch.setattr(logger, "warning_once", logger.warning, raising=False)
+    logger.addHandler(caplog.handler)
+    row = random_ids(3 * model.config.max_position_embeddings + 1)[None]
+    output = model.generate(row, do_sample=False, eos_token_id=None, pad_token_id=PAD)
+    logger.removeHandler(caplog.handler)
+    assert output.tolist() == generate(model, row, max_new_tokens=20).tolist()  # the default
+    assert caplog.records == []
 
 
 # Batches
