@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 from ..cache_armt import ARMTCache
 from ..modeling_armt import ARMTForCausalLM
+from .checkpoints import armt_model, load_checkpoint
 
 
 def generate(
@@ -28,7 +29,7 @@ def generate(
     Reads a prompt, streams what follows to the terminal, and says what it took.
 
     Args:
-        checkpoint: folder or Hub id of an ARMT checkpoint.
+        checkpoint: folder or Hub id of an ARMT checkpoint, or of an adapter on one.
         prompt: text of any length, or None for `prompt_ids`.
         max_new_tokens: 0 only reads.
         save_memory: file for the memory after the prompt, before anything is generated.
@@ -36,27 +37,27 @@ def generate(
         prompt_ids: a `.npy` file of token ids `(T,)`, which is mapped rather than loaded.
 
     Returns:
-        The generated text.
+        The generated text; ids with spaces between them if the checkpoint has no tokenizer.
 
     Raises:
-        ValueError: for an empty prompt, a checkpoint that is not ARMT, or a memory of another model.
+        ValueError: for an empty prompt, a checkpoint that is not ARMT, is damaged or lacks the tokenizer that a text
+            needs, or a memory that is not this model's.
     """
     if max_new_tokens < 0:
         raise ValueError(f"--max-new-tokens is {max_new_tokens}; it must be 0 or more.")
     if save_memory is not None and not Path(save_memory).absolute().parent.is_dir():
         raise ValueError(f"there is no folder {Path(save_memory).parent} to save the memory in.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto").to(device).eval()
-    if not isinstance(model, ARMTForCausalLM):
-        raise ValueError(f"{checkpoint} is a plain {model.config.model_type} model. Convert it first: armt convert")
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint)
+    model = armt_model(model)
     if prompt_ids is not None:
         ids = map_ids(prompt_ids)
+    elif tokenizer is None:
+        raise ValueError(f"{checkpoint} has no tokenizer, so it takes token ids: --prompt-ids.")
     else:
         ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=load_memory is None)["input_ids"][0]
     if len(ids) == 0 or (prompt is not None and not prompt.strip()):
         raise ValueError("the prompt is empty: there is nothing to go on from.")
-    last = torch.tensor([[int(ids[-1])]], device=device)
+    last = torch.tensor([[int(ids[-1])]], device=model.device)
     cache = ARMTCache() if load_memory is None else model.load_memory(load_memory)
 
     started = time.monotonic()
@@ -69,10 +70,14 @@ def generate(
     text = ""
     if max_new_tokens:
         started = time.monotonic()
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = tokenizer and TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         # The last token of the prompt is read by generate, which samples what follows.
         output = model.generate(last, cache=cache.fork(), max_new_tokens=max_new_tokens, streamer=streamer)[0, 1:]
-        new, text = len(output), tokenizer.decode(output, skip_special_tokens=True)
+        new = len(output)
+        if tokenizer is None:
+            print(text := " ".join(map(str, output.tolist())))
+        else:
+            text = tokenizer.decode(output, skip_special_tokens=True)
     generating = time.monotonic() - started
     report(len(ids), reading, new, generating)
     return text

@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,6 +274,13 @@ class TestGenerate:
         outcome = run("generate", folder, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 20)
         assert outcome.out.strip() == expected_text(folder, PROMPT).strip()
 
+    def test_the_newline_that_ends_a_file_is_not_read(self, run, folder, tmp_path):
+        """Editors put one there. A blank line before it is the text's own."""
+        for end, read in (("\n", ""), ("\r\n", ""), ("\n\n", "\n")):
+            (tmp_path / "prompt.txt").write_bytes(f"{PROMPT}{end}".encode())
+            outcome = run("generate", folder, "--prompt-file", tmp_path / "prompt.txt", "--max-new-tokens", 0)
+            assert outcome.report()["read"] == count_tokens(folder, PROMPT + read)
+
     @pytest.mark.parametrize("text", [PROMPT, PROMPT * 100], ids=["short", "long"])
     def test_prompt_from_mapped_ids(self, run, folder, tmp_path, text):
         ids = AutoTokenizer.from_pretrained(folder)(text)["input_ids"]
@@ -280,6 +288,23 @@ class TestGenerate:
         outcome = run("generate", folder, "--prompt-ids", tmp_path / "ids.npy", "--max-new-tokens", 20)
         assert outcome.report()["read"] == len(ids)
         assert outcome.out.strip() == expected_text(folder, text).strip()
+
+    def test_ids_need_no_tokenizer(self, run, fails, folder, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        model.save_pretrained(tmp_path / "bare")
+        ids = np.arange(5, 45)
+        np.save(tmp_path / "ids.npy", ids)
+        outcome = run("generate", tmp_path / "bare", "--prompt-ids", tmp_path / "ids.npy", "--max-new-tokens", 4)
+        new = model.generate(torch.from_numpy(ids)[None], max_new_tokens=4)[0, len(ids) :]
+        assert (outcome.code, outcome.out) == (0, " ".join(map(str, new.tolist())) + "\n")
+        assert "has no tokenizer" in fails("generate", tmp_path / "bare", "--prompt", PROMPT)
+
+    def test_a_checkpoint_that_lacks_weights(self, fails, folder, tmp_path):
+        shutil.copytree(folder, tmp_path / "torn")
+        weights = load_file(folder / "model.safetensors")
+        del weights["memory.0.memory_value.weight"]
+        save_file(weights, tmp_path / "torn" / "model.safetensors", {"format": "pt"})
+        assert "lacks 1 of its weights: memory.0.memory_value" in fails("generate", tmp_path / "torn", "--prompt", "A")
 
     @pytest.mark.parametrize("ids", [np.ones(3), np.ones((2, 3), int)], ids=["floats", "rows"])
     def test_prompt_ids_that_are_none(self, fails, folder, tmp_path, ids):
