@@ -45,6 +45,7 @@ class ARMTConfig(PreTrainedConfig):
             elsewhere. Published models were trained without.
         memory_layers (`list[int]`, *optional*): backbone layers that have a memory; None means all.
         armt_version (`int`): version of the checkpoint format; written by the package, not set by hand.
+        code_version (`str`, *optional*): digest of the code that the checkpoint was saved with; written likewise.
 
     The backbone's `vocab_size`, `hidden_size`, `num_hidden_layers`, `num_attention_heads` and
     `max_position_embeddings`, as far as it has them, can be read here too, and are set in `text_config` only.
@@ -80,6 +81,7 @@ class ARMTConfig(PreTrainedConfig):
     write_guard: bool = True
     memory_layers: list[int] | None = None
     armt_version: int = ARMT_VERSION
+    code_version: str | None = None
 
     def __post_init__(self, **kwargs):
         if isinstance(self.text_config, dict):
@@ -213,5 +215,12 @@ MEMORY_FIELDS = tuple(name for name in ARMTConfig.__annotations__ if name != "te
 for _size in BACKBONE_SIZES:
     setattr(ARMTConfig, _size, property(attrgetter(f"text_config.{_size}")))
 
+# Only the installed package registers classes with transformers (in its __init__, which is never copied): code that
+# came with a checkpoint serves that checkpoint alone. This says that it is to be saved with what it loaded.
 ARMTConfig.register_for_auto_class()
-AutoConfig.register(ARMTConfig.model_type, ARMTConfig, exist_ok=True)
+
+# transformers tells the code of two folders apart by their names, and by the files that an entry file's text shows it
+# to import. Folders of one name that differ in any file must be told apart by this entry too.
+_SEEN_BY_TRANSFORMERS = """
+from .modeling_armt import ARMTForCausalLM
+"""

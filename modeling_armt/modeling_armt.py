@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -35,6 +35,7 @@ from .segmentation_armt import OutputColumns, RealTokens, Step, count_targets
 from .stacking_armt import separate_storages
 from .streaming_armt import read_stream
 from .truncation_armt import truncated_loss, zero_loss
+from .version_armt import code_version, warn_of_other_code
 
 
 class ARMTPreTrainedModel(PreTrainedModel):
@@ -173,7 +174,15 @@ class ARMTPreTrainedModel(PreTrainedModel):
         devices = [next(layer.parameters()).device for layer in layers]
         return {i: self.device if device.type == "meta" else device for i, device in enumerate(devices)}
 
-    # Saving: both Auto classes find their code in the folder, and the memory of a text has a file of its own
+    # Loading and saving: both Auto classes find their code in the folder, and the memory of a text has its own file
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As for any model; warns where the installed code runs a checkpoint that came with another version of it."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with what was missing, if that was asked for
+        warn_of_other_code(pretrained_model_name_or_path, model.config)
+        return loaded
 
     def save_pretrained(self, save_directory, **kwargs):
         self.config.validate_memory()
@@ -182,6 +191,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
             "AutoModel": "modeling_armt.ARMTModel",
             "AutoModelForCausalLM": "modeling_armt.ARMTForCausalLM",
         }
+        self.config.code_version = code_version()
         super().save_pretrained(save_directory, **kwargs)
 
     def save_memory(self, cache: ARMTCache, path) -> None:
@@ -601,5 +611,3 @@ MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ARMTConfig.model_type] = ARMTForCausalLM.__nam
 
 ARMTModel.register_for_auto_class("AutoModel")
 ARMTForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-AutoModel.register(ARMTConfig, ARMTModel, exist_ok=True)
-AutoModelForCausalLM.register(ARMTConfig, ARMTForCausalLM, exist_ok=True)

@@ -10,6 +10,7 @@ least number of the dtype.
 """
 
 import copy
+import hashlib
 from functools import partial
 
 import torch
@@ -22,7 +23,10 @@ from .cache_armt import SegmentKeys
 
 
 # What takes the place of a backbone's attention; in that of sdpa, which overlooks what it does not know, as it does.
-ATTENTION, SDPA_ATTENTION = "armt_static_attention", "armt_static_sdpa"
+# The registry is the process's: each copy of this file has names of its own (a digest, since transformers looks for
+# words like "flash" in them).
+_COPY = hashlib.sha256(__name__.encode()).hexdigest()[:12]
+ATTENTION, SDPA_ATTENTION = f"armt_static_attention_{_COPY}", f"armt_static_sdpa_{_COPY}"
 # Slots that are read or left out together, and into how many parts all rows' work is cut to keep a GPU busy.
 BLOCK, PARTS = 128, 1024
 

@@ -1,15 +1,21 @@
 """A saved folder is all that anybody needs: it loads without this package, in other dtypes, places and formats."""
 
 import ast
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from families import tiny_model
+from huggingface_hub import HfApi
+from local_hub import LocalHub, connected, environment
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -23,11 +29,13 @@ from transformers import (
     TorchAoConfig,
     pipeline,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import modeling_armt
-from modeling_armt import ARMTConfig, ARMTForCausalLM, ARMTModel
+from modeling_armt import ARMTConfig, ARMTForCausalLM, ARMTModel, static_keys_armt
 from modeling_armt.conversion.convert import convert
 from modeling_armt.conversion.demo import BACKBONE
+from modeling_armt.version_armt import code_version
 
 
 PROMPT = "It was late in the evening when the old man came to the door of the house, and asked for a light."
@@ -38,8 +46,8 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_armt.ARMTForCausalLM",
 }
 
-# Runs where this package cannot be imported, and says what it found there.
-STRANGER = """
+# Begins what runs where this package cannot be imported.
+ABSENT = """
 import json, sys
 
 class Absent:
@@ -58,6 +66,12 @@ else:
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+"""
+
+# Says what it finds in a folder.
+STRANGER = (
+    ABSENT
+    + """
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 folder, work, prompt = sys.argv[1:]
@@ -85,6 +99,53 @@ AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretra
 writer.tokenizer.save_pretrained(f"{work}/saved-again")
 print(json.dumps(facts))
 """
+)
+
+# Has two checkpoints of different code in every way that there is to load one, and says which code each of them runs.
+HOST = (
+    ABSENT
+    + """
+from pathlib import Path
+from peft import AutoPeftModelForCausalLM
+
+work, first, second, adapter, repository = sys.argv[1:]
+ids = load_file(f"{work}/ids.safetensors")["ids"]
+trusted = {"trust_remote_code": True, "dtype": torch.float64}
+
+
+def code(thing):
+    folder = Path(sys.modules[type(thing).__module__].__file__).parent
+    return (folder / "head_armt.py").read_text()
+
+
+models = {
+    "first": AutoModelForCausalLM.from_pretrained(first, **trusted),
+    "second": AutoModelForCausalLM.from_pretrained(second, **trusted),
+    "first revision": AutoModelForCausalLM.from_pretrained(repository, revision="main", **trusted),
+    "second revision": AutoModelForCausalLM.from_pretrained(repository, revision="other", **trusted),
+    "first pipeline": pipeline("text-generation", model=first, **trusted).model,
+    "second pipeline": pipeline("text-generation", model=second, **trusted).model,
+    "second adapter": AutoPeftModelForCausalLM.from_pretrained(adapter, **trusted).get_base_model(),
+}
+with torch.no_grad():
+    logits = {name: model(ids, use_cache=False).logits for name, model in models.items()}
+save_file(logits, f"{work}/found.safetensors")
+again = dict(models)
+for name in ("first", "second"):
+    again[f"{name} from_config"] = AutoModelForCausalLM.from_config(models[name].config, trust_remote_code=True)
+    again[f"{name} headless"] = AutoModel.from_pretrained(first if name == "first" else second, **trusted)
+for name in ("first", "second", "first revision", "second revision", "second from_config"):
+    again[name].save_pretrained(f"{work}/{name}")
+refusals = []
+for source in (first, second, repository):
+    try:
+        AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)
+    except ValueError as error:
+        refusals.append(str(error))
+facts = {"code": {name: code(model) for name, model in again.items()}, "refusals": refusals}
+Path(f"{work}/facts.json").write_text(json.dumps(facts))
+"""
+)
 
 
 def trained(model: ARMTForCausalLM) -> ARMTForCausalLM:
@@ -197,6 +258,92 @@ class TestWithoutThePackage:
         assert_close(theirs, ours, atol=0, rtol=0)
 
 
+def change_code(folder: Path) -> None:
+    """Another version of the code, by which all logits are larger by 1."""
+    path = folder / "head_armt.py"
+    path.write_text(path.read_text() + "\n\n_run = run_head\n\n\ndef run_head(*args):\n    return _run(*args) + 1\n")
+
+
+@pytest.fixture(scope="module")
+def folders(saved, tmp_path_factory) -> dict[str, Path]:
+    """Two checkpoints of one name and one configuration, but of different code."""
+    places = tmp_path_factory.mktemp("two")
+    folders = {name: Path(shutil.copytree(saved, places / name / "armt")) for name in ("first", "second")}
+    change_code(folders["second"])
+    return folders
+
+
+@pytest.fixture(scope="module")
+def adapter(folders, tmp_path_factory) -> Path:
+    """A fresh one, which changes nothing."""
+    folder = tmp_path_factory.mktemp("adapter")
+    with warnings.catch_warnings(action="ignore"):  # that this process has the package
+        model = AutoModelForCausalLM.from_pretrained(folders["second"])
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def host(folders, adapter, ids, tmp_path_factory) -> tuple[dict, dict[str, torch.Tensor], Path]:
+    """What one process without this package has of the two, by folder and on a Hub: facts, logits, what it saved."""
+    work = tmp_path_factory.mktemp("host")
+    save_file({"ids": ids}, work / "ids.safetensors")
+    with LocalHub(ann="hf_ann") as hub:
+        with connected(hub, tmp_path_factory.mktemp("client"), "hf_ann"):
+            api = HfApi()
+            api.create_repo("ann/armt")
+            api.create_branch("ann/armt", branch="other")
+            for name, branch in {"first": "main", "second": "other"}.items():
+                api.upload_folder(repo_id="ann/armt", folder_path=folders[name], revision=branch)
+        command = [
+            sys.executable,
+            "-I",
+            "-c",
+            HOST,
+            work,
+            folders["first"],
+            folders["second"],
+            adapter,
+            "ann/armt",
+        ]
+        result = subprocess.run(
+            command, env=environment(hub, work, "hf_ann"), cwd=work, capture_output=True, text=True
+        )
+    assert result.returncode == 0, result.stderr
+    return json.loads((work / "facts.json").read_text()), load_file(work / "found.safetensors"), work
+
+
+class TestSeveralCheckpointsWithoutThePackage:
+    """In one process each runs its own code."""
+
+    @torch.no_grad()
+    def test_each_gives_its_own_logits(self, host, model, ids):
+        expected = model(ids, use_cache=False).logits
+        found = host[1]
+        assert len(found) == 7
+        for name, logits in found.items():
+            assert_close(logits, expected + (1 if name.startswith("second") else 0), atol=1e-9, rtol=0, msg=name)
+
+    def test_each_runs_the_code_of_its_folder(self, host, folders):
+        expected = {name: (folder / "head_armt.py").read_text() for name, folder in folders.items()}
+        assert len(host[0]["code"]) == 11
+        for name, code in host[0]["code"].items():
+            assert code == expected[name.split()[0]], name
+
+    @pytest.mark.parametrize("name", ["first", "second", "first revision", "second revision", "second from_config"])
+    def test_saved_again_it_has_its_own_code(self, host, folders, name):
+        again, folder = host[2] / name, folders[name.split()[0]]
+        found = {path.name: path.read_text() for path in again.glob("*.py")}
+        assert found == {path.name: path.read_text() for path in folder.glob("*.py")}
+        config = json.loads((again / "config.json").read_text())
+        assert config["auto_map"] == AUTO_MAP
+        assert config["code_version"] == code_version(folder)
+
+    def test_without_trust_each_is_refused(self, host):
+        assert len(host[0]["refusals"]) == 3
+        assert all("trust_remote_code=True" in message for message in host[0]["refusals"])
+
+
 class TestShippedFiles:
     """A checkpoint's code is copied file by file and may ask for nothing that users do not have."""
 
@@ -216,6 +363,27 @@ class TestShippedFiles:
         relative = [(node.level, node.module) for node in self.from_imports(path) if node.level]
         assert set(relative) <= {(1, other.stem) for other in SHIPPED}
 
+    @every_file
+    def test_nothing_is_registered_for_the_process(self, path):
+        """Transformers would take the first checkpoint's classes for every later one's."""
+        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        names = [call.value.id for call in calls if isinstance(call, ast.Attribute) and call.attr == "register"
+                 and isinstance(call.value, ast.Name)]  # fmt: skip
+        assert set(names) <= {"ALL_ATTENTION_FUNCTIONS"}
+
+    def test_attention_has_a_name_for_each_copy(self):
+        """Here and in another copy; no word in it that transformers looks for."""
+        source = Path(static_keys_armt.__file__)
+        spec = importlib.util.spec_from_file_location("modeling_armt.flash_sdpa_copy", source)
+        copy = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copy)
+        for name in ("ATTENTION", "SDPA_ATTENTION"):
+            ours, theirs = getattr(static_keys_armt, name), getattr(copy, name)
+            assert ours != theirs
+            assert "flash" not in theirs
+        assert ALL_ATTENTION_FUNCTIONS[static_keys_armt.ATTENTION] is static_keys_armt.static_attention
+        assert ALL_ATTENTION_FUNCTIONS[copy.ATTENTION] is copy.static_attention
+
     @staticmethod
     def from_imports(path: Path) -> list[ast.ImportFrom]:
         return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
@@ -234,6 +402,26 @@ class TestWithThePackage:
         config = tiny_model().config
         assert type(AutoModel.from_config(config)) is ARMTModel
         assert type(AutoModelForCausalLM.from_config(config)) is ARMTForCausalLM
+
+    def test_code_of_this_version_runs_without_a_word(self, saved, recwarn):
+        AutoModelForCausalLM.from_pretrained(saved)
+        assert not [warning for warning in recwarn if "version" in str(warning.message)]
+
+    @pytest.mark.parametrize("auto", [AutoModel, AutoModelForCausalLM])
+    def test_code_of_another_version_is_not_run_and_said(self, saved, model, ids, tmp_path, auto):
+        folder = Path(shutil.copytree(saved, tmp_path / "other"))
+        change_code(folder)
+        ours, theirs = code_version(), code_version(folder)
+        assert ours == code_version(saved) != theirs
+        with pytest.warns(UserWarning, match=rf"other came .* version .*{theirs}.*{ours}.*armt refresh"):
+            found = auto.from_pretrained(folder)
+        assert type(found).__module__ == "modeling_armt.modeling_armt"
+
+    def test_folder_that_lacks_a_file_of_its_code_is_said(self, saved, tmp_path):
+        folder = Path(shutil.copytree(saved, tmp_path / "other"))
+        (folder / "head_armt.py").unlink()
+        with pytest.warns(UserWarning, match=r"without head_armt\.py"):
+            AutoModelForCausalLM.from_pretrained(folder)
 
     @pytest.mark.parametrize("cls", [ARMTModel, ARMTForCausalLM])
     def test_both_classes_save_one_checkpoint(self, saved, tmp_path, cls):

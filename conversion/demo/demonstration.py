@@ -37,7 +37,7 @@ import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, questions = sys.argv[1], json.load(sys.stdin)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 import torch
 answers = []
 for ids in questions:
