@@ -12,7 +12,7 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
-def describe_backbone(backbone: str | Path) -> dict[str, str]:
+def describe_backbone(backbone: str | Path) -> dict[str, Any]:
     """
     Name and licence of a backbone, as far as they are known.
 
@@ -21,7 +21,7 @@ def describe_backbone(backbone: str | Path) -> dict[str, str]:
 
     Returns:
         `name`, the Hub id or the folder's name (never the place on this machine), and of `license`, `license_name` and
-        `license_link` what the backbone's own card says.
+        `license_link` what the backbone's own card says; a licence may be a list.
     """
     card = Path(backbone) / "README.md"
     if Path(backbone).is_dir():
@@ -33,7 +33,8 @@ def describe_backbone(backbone: str | Path) -> dict[str, str]:
         except (OSError, ValueError):  # no card, or no Hub
             return {"name": name}
     metadata = read_metadata(card)
-    terms = {field: str(metadata[field]) for field in LICENSE_FIELDS if metadata.get(field)}
+    found = {field: metadata[field] for field in LICENSE_FIELDS if metadata.get(field)}
+    terms = {field: value if isinstance(value, list) else str(value) for field, value in found.items()}
     if "license_link" in terms and not Path(backbone).is_dir():  # from where the card stands, to anywhere
         terms["license_link"] = urljoin(f"https://huggingface.co/{name}/blob/main/", terms["license_link"])
     return {"name": name, **terms}

@@ -5,15 +5,18 @@ import copy
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import evaluated
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from jinja2 import Environment
 from local_hub.metadata import check_card
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +28,7 @@ from modeling_armt.conversion.publishing import tables
 from modeling_armt.conversion.publishing.card import CardError, card_of, render_card
 from modeling_armt.conversion.publishing.facts import gather
 from modeling_armt.conversion.publishing.folders import FolderError, inspect_folder
-from modeling_armt.conversion.publishing.publish import prepare
+from modeling_armt.conversion.publishing.publish import prepare, publish
 from modeling_armt.conversion.publishing.records import without_places
 from modeling_armt.conversion.publishing.results import ResultsError, check_results
 from modeling_armt.model_cards import TEMPLATE
@@ -69,6 +72,18 @@ def write_page(path: Path, weights: str) -> None:
 
 def section(card: str, name: str) -> str:
     return re.search(rf"^## {name}\n(.*?)(?=^## |\Z)", card, flags=re.M | re.S)[1]
+
+
+def code(card: str) -> str:
+    """The example of a card."""
+    return next(token.content for token in tokens(card) if token.type == "fence" and token.info == "python")
+
+
+def tokens(card: str) -> Iterator[Token]:
+    """A card's Markdown as a reader's browser understands it."""
+    for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(ModelCard(card).text):
+        yield token
+        yield from token.children or ()
 
 
 def numbers(text: str) -> list[str]:
@@ -158,9 +173,8 @@ class TestText:
         assert "None" not in text and "undefined" not in text.lower()
 
     def test_example_pins_the_revision(self, card):
-        code = re.search(r"```python\n(.*?)```", card, flags=re.S)[1]
-        assert 'name, revision = "ann/qa1", "armt-0123456789ab"' in code
-        loads = [line for line in code.splitlines() if "from_pretrained" in line]
+        assert 'name, revision = "ann/qa1", "armt-0123456789ab"' in code(card)
+        loads = [line for line in code(card).splitlines() if "from_pretrained" in line]
         assert len(loads) == 2
         assert all("revision=revision" in line for line in loads)
 
@@ -257,26 +271,48 @@ class TestText:
 class TestOtherKinds:
     """Adapters, and models of symbols, which have no tokenizer."""
 
-    @staticmethod
-    def code(card: str) -> str:
-        code = re.search(r"```python\n(.*?)```", card, flags=re.S)[1]
-        ast.parse(code)
-        return code
-
     @pytest.fixture(scope="class")
     @classmethod
-    def adapter(cls, folder, tmp_path_factory) -> str:
-        """The card of an adapter on that checkpoint."""
+    def adapter_folder(cls, folder, tmp_path_factory) -> Path:
+        """An adapter on that checkpoint."""
         adapter = tmp_path_factory.mktemp("card") / "lora"
         model = AutoModelForCausalLM.from_pretrained(folder)
         get_peft_model(model, lora_config(model, r=2)).save_pretrained(adapter)
         AutoTokenizer.from_pretrained(folder).save_pretrained(adapter)
-        facts = gather(inspect_folder(adapter), "ann/lora", "armt-0123456789ab", "ann/base", "0" * 40)
+        return adapter
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def adapter(cls, adapter_folder) -> str:
+        facts = gather(inspect_folder(adapter_folder), "ann/lora", "armt-0123456789ab", "ann/base", "0" * 40)
         return render_card(facts)
 
+    @pytest.fixture
+    def symbols(self, changeable) -> Path:
+        """A checkpoint without a tokenizer."""
+        (changeable / "results.json").unlink()
+        for path in changeable.glob("tokenizer*"):
+            path.unlink()
+        training = evaluated.training()
+        training["recipe"]["task"] = "associative_retrieval"
+        evaluated.write(changeable / "training.json", training)
+        return changeable
+
+    @pytest.mark.parametrize("kind", ["folder", "adapter_folder", "symbols"])
+    def test_example_runs_where_the_folder_is(self, request, kind, monkeypatch, capsys):
+        folder = request.getfixturevalue(kind)
+        monkeypatch.chdir(folder.parent)
+        exec(code(card_of(folder)), {})
+        assert capsys.readouterr().out
+
+    def test_adapter_carries_the_licence_of_its_bases_backbone(self, adapter, adapter_folder):
+        for text in (adapter, card_of(adapter_folder)):
+            assert ModelCard(text).data.license == "apache-2.0"
+            assert "Its licence, apache-2.0, holds for this adapter too." in section(text, "Model")
+
     def test_adapter_is_loaded_by_peft(self, adapter):
-        code = self.code(adapter)
-        assert "AutoPeftModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=True)" in code
+        example = code(adapter)
+        assert "AutoPeftModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=True)" in example
         assert "`torch`, `transformers` and `peft`" in section(adapter, "Use")
 
     def test_adapter_names_its_base_at_a_commit(self, adapter):
@@ -288,15 +324,9 @@ class TestOtherKinds:
     def test_adapters_rank_is_told(self, adapter):
         assert "| **LoRA** | r = 2, alpha = 32 |" in section(adapter, "Model")
 
-    def test_model_of_symbols(self, changeable):
-        (changeable / "results.json").unlink()
-        for path in changeable.glob("tokenizer*"):
-            path.unlink()
-        training = evaluated.training()
-        training["recipe"]["task"] = "associative_retrieval"
-        evaluated.write(changeable / "training.json", training)
-        text = card_of(changeable)
-        assert "AutoTokenizer" not in self.code(text)
+    def test_model_of_symbols(self, symbols):
+        text = card_of(symbols)
+        assert "AutoTokenizer" not in code(text)
         assert "pairs of random keys and values" in section(text, "Training")
 
 
@@ -329,8 +359,93 @@ class TestMetadata:
         assert str(ModelCard(card)) == card
 
 
+HOSTILE = {
+    "html": "<script>alert(1)</script>",
+    "comment": "<!-- the rest",
+    "entity": "&lt;b&gt;",
+    "link": "[here](https://evil.example)",
+    "bare link": "https://evil.example",
+    "reference": "[here]\n\n[here]: https://evil.example",
+    "picture": "![](https://evil.example/a.png)",
+    "emphasis": "**very** _much_ ~~gone~~ a_b*c",
+    "cell": "a | b",
+    "span": "a `b` c``",
+    "backslash": "a\\",
+    "heading": "a\n\n# b #",
+    "rule": "a\n---\nlicense: mit\n---\nb",
+    "fence": "a\n```\n~~~\n````\nb",
+    "quotes": '"""\'); import os; os.abort() #',
+    "template": "{{ 7 * 7 }}{% raw %}",
+    "what is not seen": "a\u202eb\u200bc\x00\x1b[31m\u2028d\ud800",
+}
+
+
+@pytest.fixture(params=HOSTILE.values(), ids=HOSTILE.keys())
+def hostile(request) -> str:
+    return request.param
+
+
+class TestValues:
+    """What files, options and the Hub say is text on the card, whatever it holds."""
+
+    @staticmethod
+    def card_with(folder: Path, value: str) -> str:
+        """The card of a copy of a checkpoint with a value wherever somebody can put one."""
+        seen = value.replace("/", ":").encode(errors="replace").decode().replace("\0", "")  # what can name a file
+        named = folder.parent / f"{seen} 1"
+        shutil.copytree(folder, named, copy_function=lambda source, target: Path(target).hardlink_to(source))
+        config = json.loads((folder / "config.json").read_text())
+        terms = {"license": "other", "license_name": value, "license_link": value}
+        training = evaluated.training() | {value: value, "device": value, "date": value, "versions": {value: value}}
+        training["recipe"] |= {"model": value, value: [value]}
+        training["stages"][0]["score"] = value
+        results = evaluated.results(folder)
+        results["task"]["options"] = {"task": value, value: value}
+        results["baselines"][value] = 0.5
+        for run in results["runs"]:
+            entry = run["lengths"][1]
+            entry |= {"length": value, "device": value, "stats": {value: {value: 1.0}}}
+            entry["scores"][value] = entry["scores"]["memory"]
+        files = {"training.json": training, "results.json": results}
+        for name, content in (files | {"config.json": config | {"converted_from": {"name": value, **terms}}}).items():
+            (named / name).unlink()
+            evaluated.write(named / name, content)
+        (named / f"{seen}.png").write_bytes(evaluated.PICTURE)
+        return card_of(named)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def harmless(cls, folder, tmp_path_factory) -> list[tuple[str, str]]:
+        copied = shutil.copytree(folder, tmp_path_factory.mktemp("card") / "qa1")
+        return cls.structure(cls.card_with(Path(copied), "harmless"))
+
+    @staticmethod
+    def structure(card: str) -> list[tuple[str, str]]:
+        return [(token.type, token.tag) for token in tokens(card) if token.type not in ("text", "softbreak")]
+
+    def test_make_no_markup(self, changeable, hostile, harmless):
+        card = self.card_with(changeable, hostile)
+        assert self.structure(card) == harmless
+        text = " ".join("".join(c if c.isprintable() else " " for c in hostile).split())
+        cells = [token.content for token in tokens(card) if token.type == "text_special" or token.type == "text"]
+        assert text in "".join(cells)
+        outside = re.sub(r"^(`{3,}).*?^\1$", "", ModelCard(card).text, flags=re.M | re.S)
+        assert "https://evil" not in outside  # which GitHub makes a link of
+
+    def test_stay_themselves_in_code_and_metadata(self, changeable, hostile):
+        card = self.card_with(changeable, hostile)
+        assignment = next(node for node in ast.walk(ast.parse(code(card))) if isinstance(node, ast.Assign))
+        name = ast.literal_eval(assignment.value)
+        assert (changeable.parent / name).is_dir()
+        blocks = [yaml.safe_load(token.content) for token in tokens(card) if token.info == "yaml"]
+        assert [block.get("lr") for block in blocks] == [3e-4, None]
+        assert blocks[0][hostile] == [hostile]
+        data = ModelCard(card).data
+        assert (data.license, data.license_name, data.base_model) == ("other", hostile, None)
+
+
 class TestResultsThatMayNotBeShown:
-    """Results come with controls, intervals and every seed, or there is no card."""
+    """Results come with controls, intervals and every length of every seed, or there is no card."""
 
     def spoil(self, change) -> str:
         results = copy.deepcopy(evaluated.results())
@@ -346,17 +461,6 @@ class TestResultsThatMayNotBeShown:
     def test_without_a_control(self, control):
         message = self.spoil(lambda results: results["runs"][1]["lengths"][1]["scores"].pop(control))
         assert f"{control} at 4k of seed 1" in message
-
-    def test_without_the_other_seeds(self):
-        message = self.spoil(lambda results: results.update(runs=results["runs"][:1]))
-        assert "seeds: 3 are needed, measured: 0" in message
-
-    def test_same_seed_three_times(self):
-        message = self.spoil(lambda results: [run.update(seed=7) for run in results["runs"]])
-        assert "measured: 7" in message
-
-    def test_unknown_seed(self):
-        assert "the seed of seed2" in self.spoil(lambda results: results["runs"][2].update(seed=None))
 
     def test_length_that_only_some_seeds_have(self):
         assert "4k of seed2" in self.spoil(lambda results: results["runs"][2]["lengths"].pop())
@@ -374,7 +478,7 @@ class TestResultsThatMayNotBeShown:
 
     def test_no_card_is_written(self, changeable, capsys, tmp_path):
         results = evaluated.results(changeable)
-        results["runs"] = results["runs"][:1]
+        del results["runs"][0]["lengths"][0]["scores"]["memory off"]
         evaluated.write(changeable / "results.json", results)
         assert main(["card", str(changeable), "--out", str(tmp_path / "card.md")]) == 1
         assert capsys.readouterr().err.count("\n") == 1
@@ -405,6 +509,41 @@ class TestResultsThatMayNotBeShown:
             for control in ("memory off", "memory swapped"):
                 del run["lengths"][0]["scores"][control]
         check_results(results)
+
+
+class TestFewSeeds:
+    """Are shown, and claim nothing over seeds."""
+
+    @staticmethod
+    def results_with(folder: Path, seeds: list[int | None]) -> str:
+        results = evaluated.results(folder)
+        results["runs"] = results["runs"][: len(seeds)]
+        for run, seed in zip(results["runs"], seeds, strict=True):
+            run["seed"] = seed
+        evaluated.write(folder / "results.json", results)
+        return section(card_of(folder), "Results")
+
+    @pytest.mark.parametrize(("seed", "shown"), [(0, "0"), (None, "unknown")])
+    def test_one(self, changeable, seed, shown):
+        text = self.results_with(changeable, [seed])
+        assert "**One seed** was measured: the intervals are over samples, and nothing is claimed over seeds." in text
+        assert f"| 4k | 5,123 | 161 | 1,000 | {shown} | 95.0% [93.7, 96.1] |" in text
+        assert "All seeds" not in text
+
+    @pytest.mark.parametrize("seeds", [[0, 1], [7, 7, 7], [0, 1, None]])
+    def test_fewer_than_three(self, changeable, seeds):
+        text = self.results_with(changeable, seeds)
+        assert "**Fewer than three different seeds** were measured" in text and "All seeds" not in text
+
+    def test_three(self, card):
+        text = section(card, "Results")
+        assert "All seeds that were measured are shown, none is picked; this repository holds seed 0." in text
+        assert "nothing is claimed" not in text
+
+    def test_one_is_marked_on_the_leaderboard_too(self, changeable):
+        self.results_with(changeable, [0])
+        entries = gather(inspect_folder(changeable)).leaderboard_entries()
+        assert all(entry.notes.endswith("; one seed") for entry in entries) and len(entries) == 2
 
 
 class TestLossResults:
@@ -468,12 +607,57 @@ class TestProvenance:
     def test_hub_that_is_out_of_reach(self):
         assert describe_backbone("bob/nonesuch") == {"name": "bob/nonesuch"}
 
+    def test_several_licences(self, tmp_path, changeable):
+        several = describe_backbone(self.backbone(tmp_path, "---\nlicense: [mit, apache-2.0]\n---\n"))
+        config = json.loads((changeable / "config.json").read_text())
+        evaluated.write(changeable / "config.json", config | {"converted_from": several})
+        text = card_of(changeable)
+        assert ModelCard(text).data.license == ["mit", "apache-2.0"]
+        assert "Its licence, mit, apache-2.0, holds for this model too." in section(text, "Model")
+
     def test_is_carried_to_the_card(self, changeable):
         config = json.loads((changeable / "config.json").read_text())
         terms = {"license": "other", "license_name": "my-terms", "license_link": "https://example.org/terms"}
         evaluated.write(changeable / "config.json", config | {"converted_from": {"name": "bob/llama", **terms}})
         data = ModelCard(card_of(changeable)).data.to_dict()
         assert {name: data[name] for name in (*terms, "base_model")} == {**terms, "base_model": "bob/llama"}
+
+
+class TestLicence:
+    """The backbone's holds for what was made from it, and stands on the card."""
+
+    @pytest.fixture
+    def unknown(self, changeable) -> Path:
+        config = json.loads((changeable / "config.json").read_text())
+        del config["converted_from"]["license"]
+        evaluated.write(changeable / "config.json", config)
+        return changeable
+
+    def test_unknown_one_is_said_to_be(self, unknown):
+        text = card_of(unknown)
+        assert "**The licence of the backbone is not known**" in section(text, "Model")
+        assert ModelCard(text).data.license == "unknown"
+        assert check_card(text) == ([], [])
+
+    def test_unknown_one_is_not_published(self, unknown):
+        with pytest.raises(FolderError, match="--license"):
+            publish(unknown, "ann/qa1", dry_run=True)
+
+    def test_that_is_given(self, unknown):
+        text = card_of(unknown, license="mit")
+        assert ModelCard(text).data.license == "mit"
+        assert "Its licence, mit, holds for this model too." in section(text, "Model")
+
+    def test_that_is_given_wins_and_the_backbones_is_told(self, folder):
+        text = card_of(folder, license="mit")
+        assert ModelCard(text).data.license == "mit"
+        assert "too (the backbone's own card says apache-2.0)." in section(text, "Model")
+
+    def test_that_is_given_as_it_is_keeps_what_belongs_to_it(self, changeable):
+        config = json.loads((changeable / "config.json").read_text())
+        config["converted_from"] |= {"license": "other", "license_name": "my-terms"}
+        evaluated.write(changeable / "config.json", config)
+        assert ModelCard(card_of(changeable, license="other")).data.license_name == "my-terms"
 
 
 class TestPlaces:
@@ -503,17 +687,9 @@ class TestErrors:
         with pytest.raises(CardError, match="no metadata"):
             render_card(gather(inspect_folder(folder)), tmp_path / "card.md.jinja")
 
-    def test_unknown_licence(self, changeable):
-        config = json.loads((changeable / "config.json").read_text())
-        del config["converted_from"]
-        evaluated.write(changeable / "config.json", config)
-        with pytest.raises(FolderError, match="--license"):
-            card_of(changeable)
-        assert ModelCard(card_of(changeable, license="mit")).data.license == "mit"
-
-    def test_licence_that_is_not_the_backbones(self, folder):
-        with pytest.raises(FolderError, match="is apache-2.0, which a fine-tuned model carries on"):
-            card_of(folder, license="mit")
+    def test_base_that_can_be_no_name(self, folder):
+        with pytest.raises(FolderError, match="'ann/' cannot be a name on the Hub"):
+            card_of(folder, base="ann/")
 
     def test_results_that_are_not_there(self, folder, tmp_path):
         with pytest.raises(FolderError, match="no results.json"):
@@ -563,6 +739,22 @@ class TestCommand:
         assert main(["card", str(folder), "--out", str(tmp_path / "card.md")]) == 0
         assert (tmp_path / "card.md").read_text() == card_of(folder)
         assert evaluated.contents(folder) == before
+
+    def test_writes_its_own_card_again(self, folder, tmp_path):
+        out = tmp_path / "card.md"
+        for options in ([], ["--base", "bob/llama"]):
+            assert main(["card", str(folder), "--out", str(out), *options]) == 0
+        assert out.read_text() == card_of(folder, base="bob/llama")
+
+    @pytest.mark.parametrize("change", [lambda card: "# Mine\n", lambda card: "", lambda card: card + "Mine.\n",
+                                        lambda card: card.replace("95%", "99%")])  # fmt: skip
+    def test_leaves_alone_what_it_did_not_write(self, folder, tmp_path, capsys, change):
+        out = tmp_path / "card.md"
+        out.write_text(change(card_of(folder)))
+        before = out.read_bytes()
+        assert main(["card", str(folder), "--out", str(out)]) == 1
+        assert "was not written by `armt card`, or was changed since" in capsys.readouterr().err
+        assert out.read_bytes() == before
 
     def test_takes_results_from_another_folder(self, changeable, tmp_path):
         other = tmp_path / "evaluation"

@@ -22,7 +22,7 @@ def add_card_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--base", help="Hub id of the backbone; for an adapter that of its ARMT base, user/name[@revision]"
     )
-    parser.add_argument("--license", help="of the backbone, as the Hub writes it, if it is not known")
+    parser.add_argument("--license", help="of the backbone, as the Hub writes it (default: what its card says)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,18 +1,22 @@
 """The model card: facts of a checkpoint in the words of the template in `model_cards/`."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import TemplateError
+from markupsafe import Markup
 
 from ...model_cards import TEMPLATE
 from ..files import write_whole
 from . import tables
-from .facts import Facts, describe_task, gather, title
+from .facts import Facts, describe_task, gather, name_license, title
 from .folders import inspect_folder
+from .markdown import environment
 from .records import as_yaml, measured, without_defaults
-from .tables import Row, number
+from .results import SEEDS
+from .tables import number
 
 
 EXPLANATIONS = {
@@ -28,6 +32,9 @@ EXPLANATIONS = {
 
 # Of a stage of the curriculum: what it asked for, and what came out.
 STAGE = ("segments", "pairs", "length", "segment_size", "until", "steps", "score", "loss", "seconds")
+
+# The last line of a card, by which it is known again as long as nobody has changed it.
+SIGNATURE = "\n<!-- Written by armt card: {} -->\n"
 
 
 class CardError(ValueError):
@@ -48,9 +55,8 @@ def render_card(facts: Facts, template: Path = TEMPLATE) -> str:
     Raises:
         CardError: if the template asks for what there is not, or what comes out is no card.
     """
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     try:
-        text = environment.from_string(Path(template).read_text(encoding="utf-8")).render(fields(facts))
+        text = environment().from_string(Path(template).read_text(encoding="utf-8")).render(fields(facts))
     except TemplateError as error:
         raise CardError(f"the card's template {template} cannot be filled: {error}.") from error
     try:
@@ -59,7 +65,17 @@ def render_card(facts: Facts, template: Path = TEMPLATE) -> str:
         raise CardError(f"the card's metadata is not valid: {error}") from error
     if metadata.license is None:
         raise CardError(f"the card's template {template} wrote no metadata.")
-    return text
+    return sign(text)
+
+
+def sign(text: str) -> str:
+    return text + SIGNATURE.format(hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+def is_signed(card: str) -> bool:
+    """Whether a card is as [`render_card`] wrote it."""
+    text, separator, _ = card.rpartition(SIGNATURE.partition("{")[0])
+    return bool(separator) and sign(text) == card
 
 
 def fields(facts: Facts) -> dict[str, Any]:
@@ -75,7 +91,7 @@ def fields(facts: Facts) -> dict[str, Any]:
         "tokens in a segment": number(config.segment_size),
         "memory tokens": number(config.num_mem_tokens),
         "layers with memory": "all" if everywhere else ", ".join(map(str, layers)),
-        "width of memory queries and keys (`d_mem`)": number(config.d_mem),
+        "width of memory queries and keys (d_mem)": number(config.d_mem),
         "feature map": f"DPFP, nu = {config.dpfp_nu}, {'' if config.normalize_features else 'not '}normalised",
         "correction of the denominator": "on" if config.correction else "off",
         "guard of writes": "on" if config.write_guard else "off",
@@ -87,20 +103,21 @@ def fields(facts: Facts) -> dict[str, Any]:
     recipe = training.get("recipe")
     found = {
         "name": facts.name,
-        "metadata": facts.metadata().to_yaml(),
+        "metadata": Markup(facts.metadata().to_yaml()),
         "adapter": adapter,
         "base": facts.base,
         "base_revision": facts.base_revision,
         "origin": facts.origin.get("name"),
-        "license": facts.license.get("license_name", facts.license["license"]),
+        "license": name_license(facts.license),
+        "license_of_origin": name_license(facts.origin) if facts.origin.get("license") else None,
         "config": config,
         "address": facts.repository or folder.resolve().name,
         "tag": facts.tag,
         "tokenizer": facts.checkpoint.tokenizer,
-        "shape": [{"": f"**{name}**", "value": value} for name, value in shape.items()],
+        "shape": shape,
         "training": facts.training,
         "training_summary": summarize(training),
-        "task_description": describe_task(facts.task),
+        "task_description": facts.task and describe_task(facts.task),
         "stages": [
             {key: plain(stage[key]) for key in STAGE if stage.get(key) is not None}
             for stage in training.get("stages", [])
@@ -125,26 +142,29 @@ def result_fields(facts: Facts) -> dict[str, Any]:
     found = {name: getattr(tables, name)(results) for name in names}
     shown = {column for row in [*found["scores"], *found["losses"]] for column in row}
     length, health = tables.health(facts.own_run)
+    seeds = {run["seed"] for run in results["runs"]} - {None}
     return found | {
         "results_title": title(task),
         "results_description": describe_task(task["name"]),
         "conditions": [name for name in EXPLANATIONS if name in shown],
         "options": as_yaml(task["options"]) if task.get("options") else None,
         "backgrounds": tables.backgrounds(results),
+        "one_seed": len(results["runs"]) == 1,
+        "few_seeds": len(seeds) < SEEDS,
         "health": health,
         "health_length": length,
         "measured": measured(results),
     }
 
 
-def summarize(training: dict[str, Any]) -> list[Row]:
+def summarize(training: dict[str, Any]) -> dict[str, str]:
     """What stands alone in `training.json`: seed, steps, tokens, speed, device, versions, date."""
     alone = {key: plain(value) for key, value in training.items() if isinstance(value, (str, int, float))}
     alone.pop("command", None)  # the recipe says it without the folders of somebody's machine
     if training.get("versions"):
         alone["versions"] = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
     names = {"tokens_per_s": "tokens/s"}
-    return [{"": f"**{names.get(key, key.replace('_', ' '))}**", "value": value} for key, value in alone.items()]
+    return {names.get(key, key.replace("_", " ")): value for key, value in alone.items()}
 
 
 def plain(value: Any) -> str:
@@ -173,9 +193,19 @@ def card_of(
 
 
 def write_card(card: str, path: Path) -> None:
-    """Writes a card as a whole or not at all."""
+    """
+    Writes a card as a whole or not at all.
+
+    Raises:
+        CardError: if there is no folder for it, or something else than a card as `armt card` wrote it in its place.
+    """
     if path.is_dir():
         raise CardError(f"{path} is a folder. Name the file to write, such as {path / 'README.md'}.")
     if not path.absolute().parent.is_dir():
         raise CardError(f"there is no folder {path.parent} to write the card in.")
+    if path.exists() and not is_signed(path.read_text(encoding="utf-8", errors="replace")):
+        raise CardError(
+            f"{path} was not written by `armt card`, or was changed since, and stays as it is. Name another file, or "
+            "remove it."
+        )
     write_whole(path, card)

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from markupsafe import Markup
 
 from ..evaluation.subject import hash_weights
 from ..inspecting.numbers import read_numbers
@@ -19,6 +22,7 @@ from .results import check_results, find_run
 # Benchmarks with a data set on the Hub, which is where scores are listed.
 BENCHMARKS = {"babilong": "RMT-team/babilong"}
 TITLES = {"babilong": "BABILong", "associative_retrieval": "associative retrieval"}
+UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Facts:
         tag: revision that the card's example pins, None without a repository.
         base: Hub id of the backbone, or of the ARMT base of an adapter; None if it is not on the Hub.
         base_revision: of an adapter's base.
-        license: `license` and what belongs to it.
+        license: `license` and what belongs to it, as a card's metadata has them.
         training: of `training.json`, None if the model was not trained.
         results: of `results.json`, None if it was not evaluated.
         results_folder: where that file is.
@@ -44,14 +48,14 @@ class Facts:
     tag: str | None
     base: str | None
     base_revision: str | None
-    license: dict[str, str]
+    license: dict[str, Any]
     training: dict[str, Any] | None
     results: dict[str, Any] | None
     results_folder: Path
     plots: list[Path]
 
     @property
-    def origin(self) -> dict[str, str]:
+    def origin(self) -> dict[str, Any]:
         """Of the backbone, from the configuration."""
         return getattr(self.checkpoint.config, "converted_from", None) or {}
 
@@ -143,7 +147,8 @@ class Facts:
                 task_id="_".join(filter(None, (subtask, entry["length"]))),
                 value=entry["scores"]["memory"]["mean"],
                 date=entry.get("date") or self.results["environment"].get("date"),
-                notes="samples of our own, made by the benchmark's recipe, not those of the data set",
+                notes="samples of our own, made by the benchmark's recipe, not those of the data set"
+                + ("; one seed" if len(self.results["runs"]) == 1 else ""),
             )
             for entry in run["lengths"]
             if "scores" in entry
@@ -166,13 +171,13 @@ def gather(
         checkpoint: see [`inspect_folder`].
         repository, tag, base_revision: see [`Facts`].
         base: Hub id, where the checkpoint's own configuration does not name one.
-        license: of a backbone whose licence is not known.
+        license: of the backbone, in place of what its own card says.
         results: folder of `armt evaluate`; by default the checkpoint's own folder.
 
     Raises:
-        FolderError: if the licence is not known, the results are not there, or a page of `armt inspect` is of another
-            checkpoint.
-        ResultsError: if there are results without controls or seeds, or of other checkpoints.
+        FolderError: if `base` can be no name on the Hub, the results are not there, or a page of `armt inspect` is of
+            another checkpoint.
+        ResultsError: if there are results without controls or intervals, or of other checkpoints.
     """
     training = checkpoint.record("training.json")
     if training is not None:
@@ -185,7 +190,9 @@ def gather(
         check_results(measured)
     name = (repository or str(checkpoint.folder.resolve())).rsplit("/", 1)[-1]
     origin = getattr(checkpoint.config, "converted_from", None) or {}
-    if base is None and checkpoint.adapter is None and "/" in origin.get("name", ""):
+    if base is not None and not is_hub_name(base):
+        raise FolderError(f"{base!r} cannot be a name on the Hub, such as user/name.")
+    if base is None and checkpoint.adapter is None and "/" in origin.get("name", "") and is_hub_name(origin["name"]):
         base = origin["name"]
     plots = sorted(path for path in folder.iterdir() if path.suffix == ".png") if measured else []
     terms = known_license(checkpoint, license)
@@ -207,28 +214,28 @@ def check_training(training: dict[str, Any], folder: Path) -> None:
         raise FolderError(f"{folder}/training.json is not what `armt train` writes. Put that back, or remove it.")
 
 
-def known_license(checkpoint: Checkpoint, given: str | None) -> dict[str, str]:
-    """The licence that was given, or that of the backbone.
+def is_hub_name(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
-    Raises:
-        FolderError: if nobody knows it, or the two differ.
-    """
+
+def known_license(checkpoint: Checkpoint, given: str | None) -> dict[str, Any]:
+    """The licence that was given, or that of the backbone; `unknown`, as the Hub has it, if nobody knows it."""
     origin = getattr(checkpoint.config, "converted_from", None) or {}
     found = origin if "license" in origin else read_metadata(checkpoint.folder / "README.md")
     if "license" not in found and "/" in origin.get("name", ""):
         found = describe_backbone(origin["name"])
-    terms = {field: found[field] for field in LICENSE_FIELDS if found.get(field)}
-    if given and terms and terms["license"] != given:
-        raise FolderError(
-            f"the licence of the backbone {origin.get('name', '')} is {terms['license']}, which a fine-tuned model "
-            f"carries on; it cannot become {given}."
-        )
-    if not given and "license" not in terms:
-        raise FolderError(
-            f"the licence of the backbone of {checkpoint.folder} is not known. Name it with --license, as the Hub "
-            "writes it, such as apache-2.0."
-        )
-    return terms or {"license": given}
+    terms = {"license": UNKNOWN} | {field: found[field] for field in LICENSE_FIELDS if found.get(field)}
+    return {"license": given} if given and given != terms["license"] else terms
+
+
+def name_license(terms: dict[str, Any]) -> str:
+    """A licence in words, of several all."""
+    name = terms.get("license_name", terms["license"])
+    return ", ".join(map(str, name)) if isinstance(name, list) else str(name)
 
 
 def title(task: dict[str, Any]) -> str:
@@ -238,9 +245,9 @@ def title(task: dict[str, Any]) -> str:
     return f"{name} {subtask}" if subtask else name
 
 
-def describe_task(name: str) -> str | None:
+def describe_task(name: str) -> Markup | None:
     """What the task says of itself, in a sentence or two."""
     if name not in TASKS:
         return None
     module = TASKS[name].partition(":")[0]
-    return importlib.import_module(f"...tasks.{module}", __name__).__doc__.strip().partition("\n\n")[0]
+    return Markup(importlib.import_module(f"...tasks.{module}", __name__).__doc__.strip().partition("\n\n")[0])

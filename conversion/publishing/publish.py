@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import HfApi, eval_result_entries_to_yaml
 
 from .card import render_card
-from .facts import Facts, gather
+from .facts import UNKNOWN, Facts, gather
 from .folders import PAGE, Checkpoint, FolderError, inspect_folder, read_json
 from .hub import HubError, Repository
 from .records import without_places
@@ -58,7 +58,7 @@ def publish(
         dry_run: check and prepare everything, and upload nothing.
         base: Hub id of the backbone, where the checkpoint does not know it; for an adapter the Hub id of its ARMT
             base, `user/name` or `user/name@revision`.
-        license: of the backbone, where nobody knows it.
+        license: of the backbone, where nobody knows it, or in place of what its own card says.
         results: folder of `armt evaluate`, by default the checkpoint's own.
 
     Returns:
@@ -78,6 +78,11 @@ def publish(
     facts = gather(
         checkpoint, repository, tag, base, base_revision, license, None if results is None else Path(results)
     )
+    if license is None and facts.license["license"] == UNKNOWN:
+        raise FolderError(
+            f"the licence of the backbone of {checkpoint.folder} is not known. Name it with --license, as the Hub "
+            "writes it, such as apache-2.0."
+        )
     with tempfile.TemporaryDirectory(prefix="armt-publish-") as work:
         prepared = Path(work)
         prepare(facts, prepared)

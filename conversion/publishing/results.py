@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 
-SEEDS = 3
+SEEDS = 3  # from which on a card may speak of seeds
 # Without these nobody can tell memory from what the last segment or a lucky guess gives.
 CONTROLS = ("memory off", "memory swapped")
 LOSS_CONTROLS = ("memory off", "carried tokens")
@@ -16,7 +16,7 @@ class ResultsError(ValueError):
 
 def check_results(results: dict[str, Any]) -> None:
     """
-    Results go on a card with their controls, their intervals and every seed, or not at all.
+    Results go on a card with their controls, their intervals and every length of every seed, or not at all.
 
     Args:
         results: the content of a `results.json` of `armt evaluate`.
@@ -30,8 +30,8 @@ def check_results(results: dict[str, Any]) -> None:
         raise ResultsError(f"results.json is not what `armt evaluate` writes: {error!r}.") from error
     if missing:
         raise ResultsError(
-            f"the results lack {'; '.join(missing)}. A card shows controls and every seed, or no results: run "
-            "`armt evaluate` on the checkpoints of all seeds together."
+            f"the results lack {'; '.join(missing)}. A card shows controls and every length of every seed, or no "
+            "results: run `armt evaluate` once more, which measures what is missing."
         )
 
 
@@ -64,14 +64,6 @@ def _missing(results: dict[str, Any]) -> Iterator[str]:
     runs = results["runs"]
     if not all(results.get(name) for name in ("task", "environment")):
         yield "the task or the environment"
-    seeds = [run.get("seed") for run in runs]
-    if None in seeds:
-        names = ", ".join(run["checkpoint"] for run in runs if run.get("seed") is None)
-        yield f"the seed of {names} (its training.json says it)"
-    known = {seed for seed in seeds if seed is not None}
-    if len(known) < SEEDS:
-        listed = ", ".join(map(str, sorted(known))) or "none"
-        yield f"seeds: {SEEDS} are needed, measured: {listed}"
     lengths = {run["checkpoint"]: [entry["length"] for entry in run["lengths"]] for run in runs}
     every = dict.fromkeys(length for found in lengths.values() for length in found)
     if not every:
@@ -85,7 +77,7 @@ def _missing(results: dict[str, Any]) -> Iterator[str]:
         yield "chance among the baselines"
     for run in runs:
         for entry in run["lengths"]:
-            yield from _missing_of(entry, f"at {entry['length']} of seed {run.get('seed')}")
+            yield from _missing_of(entry, f"at {entry['length']} of seed {run['seed']}")
 
 
 def _missing_of(entry: dict[str, Any], where: str) -> Iterator[str]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from markupsafe import Markup
+
 
 CONDITIONS = ("memory", "memory off", "memory swapped", "fact deleted", "backbone")
 # Of `ARMTCache.stats`, in words.
@@ -31,7 +33,7 @@ def scores(results: dict[str, Any]) -> list[Row]:
             shown = [name for name in CONDITIONS if name in entry["scores"]]
             shown += [name for name in entry["scores"] if name not in CONDITIONS]
             cells = {name: share_with_interval(entry["scores"][name]) for name in shown}
-            rows.append({"length": entry["length"], **row, "seed": str(run["seed"]), **cells})
+            rows.append({"length": entry["length"], **row, "seed": seed(run), **cells})
     return rows
 
 
@@ -41,7 +43,7 @@ def losses(results: dict[str, Any]) -> list[Row]:
     for entry, run in by_length(results):
         by_control = entry.get("loss_by_segment", {})
         for segment in range(max(map(len, by_control.values()), default=0)):
-            row = {"length": entry["length"], "seed": str(run["seed"]), "segment": str(segment)}
+            row = {"length": entry["length"], "seed": seed(run), "segment": str(segment)}
             shown = {name: values[segment] for name, values in by_control.items() if segment < len(values)}
             rows.append(row | {name: with_interval(loss) for name, loss in shown.items()})
     return rows
@@ -50,7 +52,7 @@ def losses(results: dict[str, Any]) -> list[Row]:
 def gains(results: dict[str, Any]) -> list[Row]:
     """Loss with memory minus that of each control, from the second segment on, by length and seed."""
     return [
-        {"length": entry["length"], "seed": str(run["seed"])}
+        {"length": entry["length"], "seed": seed(run)}
         | {f"memory minus {name}": with_interval(gain) for name, gain in entry["memory_minus"].items()}
         for entry, run in by_length(results)
         if "memory_minus" in entry
@@ -60,7 +62,7 @@ def gains(results: dict[str, Any]) -> list[Row]:
 def capacities(results: dict[str, Any]) -> list[Row]:
     """Pairs that a memory holds, by seed, of associative retrieval."""
     return [
-        {"seed": str(run["seed"]), "pairs stored": with_interval(run["capacity"]), "length": run["capacity"]["length"]}
+        {"seed": seed(run), "pairs stored": with_interval(run["capacity"]), "length": run["capacity"]["length"]}
         for run in results["runs"]
         if run.get("capacity")
     ]
@@ -84,7 +86,7 @@ def speed(results: dict[str, Any]) -> list[Row]:
         measured = {"tokens/s": entry.get("tokens_per_s"), "peak GiB": entry.get("peak_gib")}
         found = {name: number(value) for name, value in measured.items() if value is not None}
         if found:
-            rows.append({"length": entry["length"], "seed": str(run["seed"]), **found})
+            rows.append({"length": entry["length"], "seed": seed(run), **found})
     return rows
 
 
@@ -120,6 +122,10 @@ def by_length(results: dict[str, Any]) -> Iterator[tuple[dict[str, Any], dict[st
     yield from sorted(entries, key=lambda pair: order.index(pair[0]["length"]))
 
 
+def seed(run: dict[str, Any]) -> str:
+    return "unknown" if run["seed"] is None else str(run["seed"])
+
+
 def number(value: float) -> str:
     """Whole numbers in full, others to three digits, and large ones without a fraction."""
     if isinstance(value, int) or float(value).is_integer():
@@ -134,10 +140,10 @@ def percent(share: float) -> str:
 def share_with_interval(score: dict[str, Any]) -> str:
     if score["mean"] is None:
         return ""
-    return f"{percent(score['mean'])} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]"
+    return Markup(f"{percent(score['mean'])} [{100 * score['low']:.1f}, {100 * score['high']:.1f}]")
 
 
 def with_interval(score: dict[str, Any]) -> str:
     if score["mean"] is None:
         return ""
-    return f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]"
+    return Markup(f"{score['mean']:.3f} [{score['low']:.3f}, {score['high']:.3f}]")

@@ -7,7 +7,18 @@ import yaml
 
 
 # Not all that the Hub knows: those of the backbones that the tests use, and their neighbours.
-LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "gemma", "llama3.1", "llama3.2", "llama3.3", "other"}
+LICENSES = {
+    "apache-2.0",
+    "mit",
+    "bsd-3-clause",
+    "cc-by-4.0",
+    "gemma",
+    "llama3.1",
+    "llama3.2",
+    "llama3.3",
+    "other",
+    "unknown",
+}
 RELATIONS = {"adapter", "merge", "quantized", "finetune"}
 MODEL_ID = r"[\w.-]+/[\w.-]+"
 
