@@ -9,9 +9,11 @@ PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13; do \
 TEST_WORKERS ?= 2
 TEST_TIMEOUT ?= 300
 
+# Others for `make test-floor` and `make test-newest`.
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS)
 
 export HF_HOME := $(CURDIR)/.cache/huggingface
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
@@ -19,14 +21,24 @@ export XDG_CACHE_HOME := $(CURDIR)/.cache
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-floor test-newest pytest lint format clean
 
 demo: $(VENV)/installed
 	rm -rf armt-demo
 	$(BIN)/armt demo --out armt-demo
 
+test: lint pytest
+
+# The same tests on the oldest versions that pyproject.toml allows, and on the newest of everything that pip finds today.
+test-floor:
+	$(MAKE) pytest VENV=.venv-floor CONSTRAINTS=constraints-floor.txt
+
+test-newest:
+	rm -rf .venv-newest
+	$(MAKE) pytest VENV=.venv-newest CONSTRAINTS=/dev/null
+
 # On the CPU, and one torch thread to a worker: two workers with a thread pool each would fight over two cores.
-test: lint
+pytest: $(VENV)/installed-dev
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -m "not gpu and not slow" -n $(TEST_WORKERS) --timeout $(TEST_TIMEOUT)
 
 lint: $(VENV)/installed-dev
@@ -38,11 +50,11 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache armt-demo .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-floor .venv-newest .cache armt-demo .hypothesis .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # torch goes first and alone: its pinned build is settled before anything that depends on it can ask for another one.
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(if $(PYTHON),,$(error Python 3.11 or later with venv is needed; name one with `make PYTHON=...`))
 	@echo "Setting up $(VENV) (once, some minutes)"
 	@$(PYTHON) -m venv $(VENV)
