@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
+from modeling_armt.compatibility_armt import CACHE
+
 from .measuring import ceilings, free, measure, seconds
 from .models import build_armt, bytes_per_step, stock_backbone
 from .prefill import top_kernels
@@ -19,7 +21,7 @@ ALTERNATIVES = ("ours", "ours-generate", "ours-eager", "full-attention", "full-a
 def step_loop(model: PreTrainedModel, ids: torch.Tensor, cache: Any, new_tokens: int) -> None:
     """Greedy generation without anything around it: one call of the model a token."""
     for _ in range(new_tokens):
-        ids = model(ids, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        ids = model(ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
 
 
 def generate(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, **options) -> None:

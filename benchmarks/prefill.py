@@ -8,6 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
+from modeling_armt.compatibility_armt import CACHE
+
 from .measuring import ceilings, free, measure, repeats_for
 from .models import build_armt, build_gated_deltanet, count_parameters, has_fla, linear_flops, stock_backbone
 from .results import DEVICE, DTYPE, Results, make_parser, on_gpu
@@ -28,7 +30,7 @@ def read_all(model: torch.nn.Module, ids: torch.Tensor, chunk: int | None = None
     cache = None
     for piece in ids.split(chunk or len(ids)):
         piece = piece.to(DEVICE, torch.long)[None]
-        cache = model(piece, cache=cache, use_cache=True, logits_to_keep=1).cache
+        cache = model(piece, **{CACHE: cache}, use_cache=True, logits_to_keep=1)[CACHE]
     return cache
 
 

@@ -29,6 +29,13 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
     return past_key_values if cache is None else cache
 
 
+def with_both_names(output: Any) -> Any:
+    """What the stock `generate` returned; if it is an output with a cache, that is an attribute under both names."""
+    if CACHE != "cache" and hasattr(output, CACHE):  # later ones do it themselves
+        output.cache = getattr(output, CACHE)
+    return output
+
+
 class _BothNames:
     """An output whose cache is an item and an attribute under both names."""
 

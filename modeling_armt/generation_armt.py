@@ -9,7 +9,7 @@ from transformers import GenerationMixin, MaxLengthCriteria, StoppingCriteriaLis
 from transformers.generation import GenerationMode
 
 from .cache_armt import ARMTCache
-from .compatibility_armt import CACHE, one_cache
+from .compatibility_armt import CACHE, one_cache, with_both_names
 from .decode_armt import read_ahead, undo_ahead
 
 
@@ -102,7 +102,7 @@ class ARMTGenerationMixin(GenerationMixin):
                 )
         token = _finished_rows.set(None)
         try:
-            return super().generate(*args, **kwargs)
+            return with_both_names(super().generate(*args, **kwargs))
         finally:
             undo_ahead(self)
             _finished_rows.reset(token)

@@ -72,3 +72,10 @@ def test_outputs_are_those_of_transformers_and_readable_under_both_names(model):
         assert output.cache is output.past_key_values is output[1] is other
     again = pickle.loads(pickle.dumps(output))
     assert again.past_key_values.tokens == again.cache.tokens
+
+
+def test_the_output_of_generate_has_its_cache_under_both_names(model):
+    options = {"max_new_tokens": 2, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for beams in (1, 2):
+        output = model.generate(random_ids(1, 5), return_dict_in_generate=True, num_beams=beams, **options)
+        assert isinstance(output.cache, ARMTCache) and output.past_key_values is output.cache

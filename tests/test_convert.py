@@ -28,6 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.utils import is_sacremoses_available
 
 from modeling_armt import ARMTConfig, ARMTForCausalLM
+from modeling_armt.compatibility_armt import CACHE
 from modeling_armt.conversion.convert import (
     ConversionError,
     attach_checked,
@@ -604,7 +605,7 @@ def visible(kwargs: dict, sees) -> torch.Tensor:
     """The mask with which column q sees column k where `sees(q, k)` is true, whatever is cached."""
     ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     rows, length = (ids if embeddings is None else embeddings).shape[:2]
-    cache = kwargs.get("cache")
+    cache = kwargs.get(CACHE)
     before = 0 if cache is None else cache.get_seq_length()
     q, k = torch.arange(before, before + length)[:, None], torch.arange(before + length)
     mask = torch.where(sees(q, k, before), 0.0, torch.finfo(torch.float32).min)
@@ -624,8 +625,8 @@ def ignores_its_cache(self, original, **kwargs):
     return original(**{**kwargs, "attention_mask": mask})
 
 
-def forgets_its_cache(self, original, cache=None, **kwargs):
-    return original(**{**kwargs, "use_cache": False})
+def forgets_its_cache(self, original, **kwargs):
+    return original(**{**kwargs, CACHE: None, "use_cache": False})
 
 
 def starts_positions_anew(self, original, **kwargs):
