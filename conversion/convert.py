@@ -65,7 +65,6 @@ def convert(
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = attach_checked(source, **options, **VARIANTS[variant])
-        model.generation_config.cache_implementation = None  # some families ask for a cache of their own
         model.config.converted_from = describe_backbone(backbone)
         model.save_pretrained(folder)
     model.name_or_path = model.config.name_or_path = str(out)  # adapters name their base

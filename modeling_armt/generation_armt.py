@@ -40,6 +40,9 @@ class FinishedRows(StoppingCriteriaList):
         return done
 
 
+# What generate holds for itself; the stock `prepare_inputs_for_generation` drops it too.
+_NOT_FOR_FORWARD = ("next_sequence_length", "is_first_iteration", "labels")
+
 _finished_rows: ContextVar[FinishedRows | None] = ContextVar("armt_finished_rows", default=None)
 
 
@@ -131,6 +134,10 @@ class ARMTGenerationMixin(GenerationMixin):
             _finished_rows.set(criteria)
         return criteria
 
+    def _prefill(self, input_ids, generation_config, *args, **kwargs):
+        generation_config.prefill_chunk_size = None  # whatever its length, a prompt is read segment by segment
+        return super()._prefill(input_ids, generation_config, *args, **kwargs)
+
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, attention_mask=None, **kwargs):
         kwargs.pop("tokenizer", None)  # generate hands on what it needs for stop strings
         finished, cache = _finished_rows.get(), kwargs.get(CACHE)
@@ -144,7 +151,7 @@ class ARMTGenerationMixin(GenerationMixin):
                 # Rows that end now are seen too late: then what was begun is undone.
                 finished.read_next = None if some else partial(read_ahead, self, cache=cache)
                 known = {"input_ids": input_ids[:, -1:]}
-                rest = {n: v for n, v in kwargs.items() if n not in ("next_sequence_length", "is_first_iteration")}
+                rest = {name: value for name, value in kwargs.items() if name not in _NOT_FOR_FORWARD}
                 return {**rest, **known, "attention_mask": attention_mask}
         return super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs

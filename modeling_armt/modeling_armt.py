@@ -148,6 +148,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         model.memory.to(memory_dtype)
         model.memory_tokens.to(memory_dtype)
         model.generation_config = copy.deepcopy(backbone.generation_config)
+        model.generation_config.cache_implementation = None  # some families ask for a cache of their own
         return model.train(backbone.training)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False):

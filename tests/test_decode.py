@@ -226,6 +226,11 @@ def begin(model: ARMTForCausalLM, cache: ARMTCache, ids: torch.Tensor) -> None:
     assert model.fast.decode.begun is not None
 
 
+def test_generate_drops_labels_as_it_does_without_steps(fast, slow):
+    ids = random_ids(2, 5)
+    assert torch.equal(generate(fast, ids, labels=ids), generate(slow, ids))
+
+
 def test_generate_begins_every_token_before_it_is_asked_for(fast, monkeypatch):
     events = []
     for name in ("begin", "undo"):

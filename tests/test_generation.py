@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from families import EOS, PAD, SEGMENT_SIZE, VOCABULARY, random_ids, tiny_model
+from families import EOS, FAMILIES, PAD, SEGMENT_SIZE, VOCABULARY, random_ids, tiny_backbone, tiny_model
 from helpers import difference, examples, pad_left, pad_right
 from hypothesis import given
 from hypothesis import strategies as st
@@ -364,11 +364,40 @@ def test_several_memories_serve_beams_when_repeated(model):
     assert answers.tolist() == generate(model, full, num_beams=3)[:, full.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("chunk", [1, 3, SEGMENT_SIZE, 11])
-def test_a_prompt_can_be_read_in_chunks(chunk: int, model):
+# Settings that are meant for other caches
+
+
+@pytest.mark.parametrize("given", [ARMTCache, lambda: None], ids=["cache", "no cache"])
+@pytest.mark.parametrize("how", ["argument", "configuration"])
+def test_a_prompt_is_read_in_segments_whatever_the_chunks_asked_for(how: str, given, model):
     ids, mask = pad_left([random_ids(2 * SEGMENT_SIZE + 3), random_ids(5)])
-    output = generate(model, ids, attention_mask=mask, prefill_chunk_size=chunk, cache=ARMTCache())
+    asked = {"prefill_chunk_size": 3} if how == "argument" else {}
+    config = GenerationConfig(prefill_chunk_size=3) if how == "configuration" else None
+    output = generate(model, ids, attention_mask=mask, cache=given(), generation_config=config, **asked)
     assert output.tolist() == generate(model, ids, attention_mask=mask).tolist()
+
+
+def test_a_conversation_goes_on_in_chunks(model):
+    ids = random_ids(1, 2 * SEGMENT_SIZE + 3)
+    cache = model(ids[:, : SEGMENT_SIZE + 2], use_cache=True).cache
+    assert generate(model, ids, cache=cache, prefill_chunk_size=3).tolist() == generate(model, ids).tolist()
+
+
+def test_a_row_of_padding_is_refused_in_chunks_too(model):
+    mask = torch.tensor([[1, 1, 1], [0, 0, 0]])
+    with pytest.raises(ValueError, match="row 1 is all padding"):
+        generate(model, random_ids(2, 3), attention_mask=mask, prefill_chunk_size=2)
+
+
+@pytest.mark.parametrize("implementation", ["hybrid", "static", "sliding_window"])
+def test_the_cache_of_the_backbones_own_settings_is_not_asked_for(implementation: str):
+    backbone = tiny_backbone(FAMILIES["llama"])
+    backbone.generation_config.cache_implementation = implementation
+    backbone.generation_config.temperature = 0.5
+    model = ARMTForCausalLM.from_backbone(backbone, segment_size=SEGMENT_SIZE, num_mem_tokens=3)
+    assert generate(model, random_ids(1, 5)).shape == (1, 5 + NEW)
+    assert model.generation_config.temperature == 0.5
+    assert backbone.generation_config.cache_implementation == implementation
 
 
 # What a recurrent memory cannot do is refused, with the reason
