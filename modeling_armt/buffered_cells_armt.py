@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .cells_armt import CELLS_LOCK, GroupInputs, LayerState, pick_lanes
+from .cells_armt import GroupInputs, LayerState, pick_lanes
 from .groups_armt import LayerGroups
 from .replay_armt import Replay
 from .statistics_armt import LayerStatistics
@@ -142,12 +142,11 @@ class BufferedCells:
                 if key not in self.calls:
                     call = partial(cells.run_in_place, *self._arguments(group, first, last, flagged=True))
                     self.calls[key] = Replay(call, self.device.type == "cuda", self.pool)
-                with CELLS_LOCK, self.groups.compiling((group, last - first, self.key)):
+                with self.groups.compiling((group, last - first, self.key)):
                     self.calls[key]()
             else:
                 flagged = self.flags_now[group] != self._usual(group)
-                with CELLS_LOCK:
-                    cells.run_in_place(*self._arguments(group, first, last, flagged))
+                cells.run_in_place(*self._arguments(group, first, last, flagged))
 
     def _arguments(self, group: int, first: int, last: int, flagged: bool) -> tuple:
         """What layers `first` to `last - 1` of a group are called with."""

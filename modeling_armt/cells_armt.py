@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_unflatten
 
 from .memory_armt import MemoryState
@@ -16,9 +15,6 @@ from .stacking_armt import LayerGroup
 from .statistics_armt import LayerStatistics, read_extremes
 from .transfer_armt import on_device
 
-
-# Held while cells are called, since the choice of attention kernels is one for the whole process.
-CELLS_LOCK = threading.RLock()
 
 Tensors = dict[int, torch.Tensor]
 
@@ -87,11 +83,23 @@ class CellGroup:
         self.structure = call.structure
         self.constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in call.leaves]
         self.tensor_places = [n for n, leaf in enumerate(call.leaves) if isinstance(leaf, torch.Tensor)]
-        self.run, self.run_in_place = self._run, self._run_in_place
-        if compiled:
-            self.run = torch.compile(self._run, dynamic=False)
-            self.run_in_place = torch.compile(self._run_in_place, dynamic=False)
         self.compiled = compiled
+        # While the layers' stand-in is called, it has the weights of one call.
+        self._lock = threading.RLock()
+        self._call, self._call_in_place = self._run, self._run_in_place
+        if compiled:
+            self._call = torch.compile(self._run, dynamic=False)
+            self._call_in_place = torch.compile(self._run_in_place, dynamic=False)
+
+    def run(self, *args) -> tuple[torch.Tensor, LayerState | None]:
+        """[`CellGroup._run`], compiled if it is to be."""
+        with self._lock:
+            return self._call(*args)
+
+    def run_in_place(self, *args) -> None:
+        """[`CellGroup._run_in_place`], compiled if it is to be."""
+        with self._lock:
+            self._call_in_place(*args)
 
     def parts(self, first: int, last: int, captured: bool) -> Iterator[tuple[int, int]]:
         """
@@ -154,16 +162,7 @@ class CellGroup:
                 leaves[place] = tensor
             return tree_unflatten(leaves, self.structure)
 
-        # cuDNN's attention is the fastest where it runs, but fails in the backward pass under vmap (torch 2.11).
-        backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-        if x.device.type == "cpu":
-            backends = [SDPBackend.MATH]
-        elif not torch.is_grad_enabled():
-            backends = [SDPBackend.CUDNN_ATTENTION, *backends]
-        elif x.shape[-2] % 32:  # compiled, the efficient kernel's backward pass fails on other lengths (torch 2.11)
-            backends.remove(SDPBackend.EFFICIENT_ATTENTION)
-        with sdpa_kernel(backends, set_priority=True):
-            return self.layers(weights, x, own, call)
+        return self.layers(weights, x, own, call)
 
     def _run(
         self,

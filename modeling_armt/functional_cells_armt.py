@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cells_armt import CELLS_LOCK, CellGroup, GroupInputs, LayerState, pick_lanes
+from .cells_armt import CellGroup, GroupInputs, LayerState, pick_lanes
 from .groups_armt import LayerGroups
 from .transfer_armt import on_device
 
@@ -84,7 +84,7 @@ class FunctionalCells:
             new_rows,
             writes,
         )
-        with CELLS_LOCK, self.groups.compiling((group, last - first, arguments[3].shape)):
+        with self.groups.compiling((group, last - first, arguments[3].shape)):
             y, state = self.model.checkpointed(cells.run, *arguments)
         for i, layer in enumerate(layers):
             self.y[layer] = (y, i)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .attachment_armt import find_decoder_layers
-from .cells_armt import CELLS_LOCK, CellGroup
+from .cells_armt import CellGroup
 from .native_armt import NativeCall, native_pass
 from .stacking_armt import CannotStack, kind, walk
 
@@ -86,7 +86,7 @@ class LayerGroups:
         for group in self.groups:
             inputs = group.inputs(model, layers, calls)
             x = torch.stack([calls[i].x for i in group.indices])
-            with CELLS_LOCK, group.layers.evaluating():
+            with group.layers.evaluating():
                 together = group.run_layers(inputs.weights, x, inputs.shared, inputs.own)
             for i, y in zip(group.indices, together, strict=True):
                 if not _close(y, outputs[i]):

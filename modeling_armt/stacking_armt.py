@@ -17,10 +17,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from .attachment_armt import MEMORY_HOOKS
-
-
-class CannotStack(ValueError):
-    """Layers that cannot be run as one, with the reason."""
+from .diagonal_attention_armt import CannotStack, use_attention
 
 
 def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -182,6 +179,8 @@ class LayerGroup:
             parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if parameter else empty
         self._layer = copy.deepcopy(layers[0], memo)
+        if tensors:
+            use_attention(self._layer, tensors[0].device)
         for module in self._layer.modules():  # the hooks that attach memories would find none
             for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"):
                 setattr(module, hooks, OrderedDict())
