@@ -211,7 +211,7 @@ class ARMTConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, **kwargs)
 
 
-MEMORY_FIELDS = tuple(name for name in ARMTConfig.__annotations__ if name != "text_config")
+MEMORY_FIELDS = tuple(name for name in ARMTConfig.__annotations__ if name not in ("text_config", "code_version"))
 for _size in BACKBONE_SIZES:
     setattr(ARMTConfig, _size, property(attrgetter(f"text_config.{_size}")))
 

@@ -147,6 +147,59 @@ def test_a_memory_of_another_model_is_refused(other, model, tmp_path):
         other(model).load_memory(tmp_path / "memory")
 
 
+class TestWeightsAreChecksummedOnce:
+    """Per load of a model, and again whenever its weights have changed."""
+
+    @pytest.fixture
+    def checksums(self, monkeypatch) -> list[torch.Size]:
+        """Shapes of the tensors that were checksummed."""
+        shapes, checksum = [], memory_file._checksum
+        monkeypatch.setattr(memory_file, "_checksum", lambda tensor: shapes.append(tensor.shape) or checksum(tensor))
+        return shapes
+
+    @pytest.fixture
+    def own(self, model) -> ARMTForCausalLM:
+        return copy.deepcopy(model)
+
+    def test_once(self, own, tmp_path, checksums):
+        for name in ("one", "two"):
+            own.save_memory(read(own), tmp_path / name)
+            own.load_memory(tmp_path / name)
+        inverse_frequencies = sum(name.endswith(".inv_freq") for name, _ in own.named_buffers())
+        assert len(checksums) == len(own.state_dict()) + inverse_frequencies
+
+    @pytest.mark.parametrize("change", [
+        lambda weight: weight.data[0].mul_(2), lambda weight: weight.detach().numpy().fill(1),
+        lambda weight: weight.detach().copy_(weight.flip(0)), lambda weight: setattr(weight, "data", weight.data + 1),
+        lambda weight: weight.data.view(-1)[:3].copy_(torch.ones(3)),
+    ])  # fmt: skip
+    def test_again_after_any_change(self, own, tmp_path, change):
+        own.save_memory(read(own), tmp_path / "memory")
+        own.load_memory(tmp_path / "memory")
+        change(own.memory["0"].memory_key.weight)
+        with pytest.raises(ValueError, match="belongs to another model"):
+            own.load_memory(tmp_path / "memory")
+
+    def test_again_in_a_copy(self, own, tmp_path, checksums):
+        own.save_memory(read(own), tmp_path / "memory")
+        other = copy.deepcopy(own)
+        checksums.clear()
+        other.load_memory(tmp_path / "memory")
+        assert checksums
+        other.memory["0"].memory_key.weight.data.zero_()
+        own.load_memory(tmp_path / "memory")
+
+    def test_weights_made_in_inference_mode(self, tmp_path):
+        """They count no changes."""
+        with torch.inference_mode():
+            own = tiny_model("llama")
+            own.save_memory(own(random_ids(1, LENGTH)).cache, tmp_path / "memory")
+            own.load_memory(tmp_path / "memory")
+            own.memory["0"].memory_key.weight.copy_(own.memory["0"].memory_key.weight.flip(0))
+            with pytest.raises(ValueError, match="belongs to another model"):
+                own.load_memory(tmp_path / "memory")
+
+
 def truncate(path: Path):
     path.write_bytes(path.read_bytes()[:-100])
 
