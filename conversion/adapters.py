@@ -1,9 +1,11 @@
 """LoRA adapters for an ARMT model: the backbone's linears get LoRA, the memory is trained in full."""
 
 from peft import LoraConfig, PeftModel, TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..attachment_armt import find_decoder_layers
 from ..modeling_armt import ARMTForCausalLM
 
 
@@ -24,13 +26,23 @@ def lora_config(model: ARMTForCausalLM, r: int = 16, lora_alpha: int = 32, **opt
         A configuration that puts LoRA on all attention and MLP linears of the backbone's layers and saves the memory
         in full, for `peft.get_peft_model(model, lora_config(model))`.
     """
-    layers = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.decoder.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and any(part.isdigit() for part in name.split("."))
+    layers = find_decoder_layers(model.decoder, model.config.text_config.num_hidden_layers)
+    defaults = {
+        "target_modules": sorted(linears(layers)),
+        "modules_to_save": MEMORY_MODULES,
+        "task_type": TaskType.CAUSAL_LM,
     }
-    defaults = {"target_modules": sorted(layers), "modules_to_save": MEMORY_MODULES, "task_type": TaskType.CAUSAL_LM}
     return LoraConfig(r=r, lora_alpha=lora_alpha, **{**defaults, **options})
+
+
+def linears(module: nn.Module) -> set[str]:
+    """The last names of all linears in a module, quantized or not, whatever adapters they have already."""
+    names = set()
+    for name, child in module.named_children():
+        layer = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        is_linear = isinstance(layer, (nn.Linear, Conv1D)) or hasattr(layer, "in_features")
+        names |= {name} if is_linear else linears(layer)
+    return names
 
 
 def parameter_groups(model: nn.Module, lr: float, memory_lr: float, weight_decay: float = 0.0) -> list[dict]:

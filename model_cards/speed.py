@@ -31,7 +31,7 @@ def measure(recipe: Recipe, segments: int, rows: int, passes: int, device: str) 
     model = make_trainable(recipe, model, [size]).to(device).train()
     groups = parameter_groups(model, recipe.lr, recipe.memory_lr, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, fused=device == "cuda")
-    vocabulary = armt_model(model).get_input_embeddings().num_embeddings
+    vocabulary = armt_model(model).num_embeddings
     ids = torch.randint(vocabulary, (rows, segments * size), device=device)
     labels = torch.full_like(ids, -100)
     labels[:, -2:] = ids[:, -2:]

@@ -107,8 +107,7 @@ class ARMTConfig(PreTrainedConfig):
                 "is set in its own configuration, text_config."
             )
         kwargs = {name: value for name, value in kwargs.items() if name not in BACKBONE_SIZES}
-        # The head is the backbone's: whether it is tied is read there, and this copy is what tools look at.
-        kwargs["tie_word_embeddings"] = getattr(self.text_config, "tie_word_embeddings", False)
+        kwargs.pop("tie_word_embeddings", None)  # the backbone's
         # A configuration hands its attention implementation down, so it must not start with less than the backbone.
         kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
         super().__post_init__(**kwargs)
@@ -175,6 +174,15 @@ class ARMTConfig(PreTrainedConfig):
             self.memory_layers = sorted(layers)
 
     @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the backbone's head is tied to its embedding. Tools that part them say so here."""
+        return getattr(self.text_config, "tie_word_embeddings", False)
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, value: bool):
+        self.text_config.tie_word_embeddings = value
+
+    @property
     def memory_fields(self) -> dict[str, Any]:
         """The fields that say how a memory works, without the backbone's."""
         return {name: getattr(self, name) for name in MEMORY_FIELDS}
@@ -188,7 +196,7 @@ class ARMTConfig(PreTrainedConfig):
         """As for any configuration, but without the place on this machine that the backbone came from."""
         fields = super().to_dict()
         fields["text_config"].pop("_name_or_path", None)
-        return fields
+        return fields | {"tie_word_embeddings": self.tie_word_embeddings}  # PEFT reads it here
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -54,7 +54,7 @@ def decode(
         return None
     if input_ids.device.type == "cpu":  # elsewhere a look at the ids would wait for the device
         low, high = torch.aminmax(input_ids)
-        if low < 0 or high >= model.get_input_embeddings().num_embeddings:
+        if low < 0 or high >= model.num_embeddings:
             return None
     real = None
     if attention_mask is not None:

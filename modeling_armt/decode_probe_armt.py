@@ -42,7 +42,7 @@ def find_decode_step(model: "ARMTPreTrainedModel", compiles: bool) -> tuple[Deco
     embedding = model.get_input_embeddings()
     device, generator = embedding.weight.device, torch.Generator().manual_seed(0)
     opened = max(model.config.segment_size - 2, 1)
-    ids = torch.randint(embedding.num_embeddings, (2, opened + 4), generator=generator).to(device)
+    ids = torch.randint(model.num_embeddings, (2, opened + 4), generator=generator).to(device)
     columns = [(ids[:, opened + n, None], [True, n != 1]) for n in range(4)]
     with torch.inference_mode(False):
         mask = torch.ones(2, opened, dtype=torch.long, device=device)

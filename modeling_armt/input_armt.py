@@ -45,7 +45,7 @@ def check_input(
         raise ValueError("the input is empty: a text needs at least one token to be read.")
     # A single token comes from generate, and looking at it would wait for the device.
     if input_ids is not None and (num_columns > 1 or input_ids.device.type == "cpu"):
-        _check_ids(input_ids, model.get_input_embeddings().num_embeddings)
+        _check_ids(input_ids, model.num_embeddings)
     if cache is not None and cache.batch_size not in (batch_size, 1, -1):
         raise ValueError(f"the cache has {cache.batch_size} rows, the input {batch_size}.")
     if attention_mask is not None:

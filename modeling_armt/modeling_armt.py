@@ -50,6 +50,8 @@ class ARMTPreTrainedModel(PreTrainedModel):
     # The backbone checks its own support when it is built.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
     _no_split_modules = ["AssociativeMemory"]
+    # What is tied is the backbone's to say; PEFT asks it only where this is a dictionary.
+    _tied_weights_keys = {}
     # The memories and the memory tokens: both names start so.
     _keep_in_fp32_modules = ["memory"]
     _keep_in_fp32_modules_strict = ["memory"]
@@ -93,6 +95,11 @@ class ARMTPreTrainedModel(PreTrainedModel):
     def decoder(self) -> PreTrainedModel:
         """The backbone without its head."""
         return getattr(self.model, self.decoder_name)
+
+    @property
+    def num_embeddings(self) -> int:
+        """How many token ids there are, whatever adapters have put around the embedding."""
+        return self.get_input_embeddings().weight.shape[0]
 
     # Embeddings and head are the backbone's: resizing and quantizers find them through these.
 
@@ -142,7 +149,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         embedding = backbone.get_input_embeddings()
         model.memory_tokens.to_empty(device=embedding.weight.device)
         # As large as what the embedding returns, which some families scale.
-        sample = embedding(torch.arange(min(1000, embedding.num_embeddings), device=embedding.weight.device))
+        sample = embedding(torch.arange(min(1000, model.num_embeddings), device=embedding.weight.device))
         nn.init.normal_(model.memory_tokens.weight, std=sample.float().std().item())
         memory_dtype = torch.promote_types(embedding.weight.dtype, torch.float32)
         model.memory.to(memory_dtype)

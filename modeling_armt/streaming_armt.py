@@ -36,7 +36,7 @@ def read_stream(
     output, start = None, 0
     # The first block fills the open segment up, so that no block ends inside one.
     for ids in token_blocks(tokens, size - max(cache.opened, default=0), size):
-        _check_ids(ids, embedding.num_embeddings, start)
+        _check_ids(ids, model.num_embeddings, start)
         if not embedding.weight.is_meta:  # offloaded: its hook moves the ids
             ids = ids.to(embedding.weight.device)
         options = {"logits_to_keep": 1, "output_hidden_states": False, "return_dict": True}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, SEGMENT_SIZE, tiny_backbone, tiny_model
+from families import FAMILIES, SEGMENT_SIZE, add_memory, tiny_backbone, tiny_model
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -320,6 +320,59 @@ class TestMerged:
         assert config["base_model_name_or_path"] == str(tmp_path / "armt")
 
 
+TIED = {
+    "some tokens": {"trainable_token_indices": [5, 6, 7]},
+    "embedding and head as one": {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    "the embedding alone": {"modules_to_save": ["EMBEDDING"]},
+    "the head alone": {"modules_to_save": ["lm_head"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")  # PEFT says what becomes of it
+class TestEmbeddings:
+    """PEFT wraps the embedding, and the head that is tied to it by what the backbone says."""
+
+    @pytest.fixture
+    def model(self, request) -> ARMTForCausalLM:
+        backbone = tiny_backbone(FAMILIES[getattr(request, "param", "gpt2")])
+        backbone.config.tie_word_embeddings = True
+        backbone.tie_weights()
+        return add_memory(backbone)
+
+    def adapt(self, model: ARMTForCausalLM, **options) -> PeftModel:
+        embedding = "wte" if model.config.text_config.model_type == "gpt2" else "embed_tokens"
+        named = {k: [embedding] if v == ["EMBEDDING"] else v for k, v in options.items()}
+        adapted = get_peft_model(model, lora_config(model, r=4, **named))
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        return adapted
+
+    @pytest.mark.parametrize("model", FAMILY_NAMES, indirect=True)
+    @pytest.mark.parametrize("options", TIED.values(), ids=TIED)
+    def test_merging_changes_no_logits_of_a_tied_head(self, options, model, tmp_path):
+        before, adapted = logits(model), self.adapt(model, **options)
+        expected = logits(adapted)
+        assert (expected - before).abs().max() > 0.1
+        merged = merge(adapted)
+        assert_close(logits(merged), expected, atol=1e-9, rtol=0)
+        tied = torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
+        assert merged.config.tie_word_embeddings is merged.config.text_config.tie_word_embeddings is tied
+        assert tied is ("ensure_weight_tying" in options or "trainable_token_indices" in options)
+        merged.save_pretrained(tmp_path)
+        assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected, atol=1e-9, rtol=0)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("options", [*TIED.values(), {"target_modules": ["wte"]}], ids=[*TIED, "LoRA"])
+    def test_the_vocabulary_is_known_all_the_same(self, options, model):
+        adapted = self.adapt(model, **options).eval()
+        assert adapted.num_embeddings == 61
+        assert_close(adapted.read(IDS).logits[:, 0], logits(adapted)[:, -1], atol=1e-9, rtol=0)
+        with pytest.raises(ValueError, match="token id 61, but the vocabulary has ids 0 to 60"):
+            adapted(IDS.masked_fill(IDS == 5, 61))
+
+
 class TestGradients:
     """Hooks must find the memory that is trained: PEFT's copies, and those of a copied model."""
 
@@ -415,3 +468,14 @@ class TestLoraConfig:
         names = [parameter for parameter, _ in adapted.named_parameters() if "lora_" in parameter]
         assert names
         assert not [parameter for parameter in names if "memory" in parameter]
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+    def test_names_the_same_linears_for_a_second_adapter(self, name):
+        model = tiny_model(name)
+        first = lora_config(model, r=4)
+        adapted = get_peft_model(model, first)
+        second = lora_config(adapted, r=2)
+        assert second.target_modules == lora_config(model).target_modules == first.target_modules
+        adapted.add_adapter("second", second)
+        ranks = {parameter.shape[0] for where, parameter in adapted.named_parameters() if "lora_A.second" in where}
+        assert ranks == {2}

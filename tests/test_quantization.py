@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from modeling_armt import ARMTForCausalLM
+from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.convert import convert
 from modeling_armt.conversion.demo import BACKBONE
 from modeling_armt.conversion.demo.demonstration import tell_stories
@@ -60,6 +62,18 @@ def test_the_loss_on_text_stays(quantization, tmp_path):
     before, after = (model(ids, labels=ids).loss.item() for model in (original, quantized))
     assert before != after  # it is quantized
     assert after == pytest.approx(before, rel=0.1 if isinstance(quantization, BitsAndBytesConfig) else 0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_adapters_name_the_same_linears_as_without(quantization, tmp_path):
+    """The first one and a second one."""
+    convert(BACKBONE, tmp_path / "armt", SEGMENT_SIZE, num_mem_tokens=4, d_mem=8, dtype="float32")
+    expected = lora_config(load(tmp_path / "armt")).target_modules
+    model = load(tmp_path / "armt", quantization_config=quantization)
+    assert lora_config(model).target_modules == expected
+    adapted = get_peft_model(model, lora_config(model))
+    assert lora_config(adapted).target_modules == expected
+    adapted.add_adapter("second", lora_config(adapted))
 
 
 @torch.no_grad()

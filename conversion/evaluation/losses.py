@@ -90,7 +90,7 @@ def losses_of(
                 text.fill(values, model.model(**block, use_cache=False).logits[:, before:], start, rows)
     if "backbone" in controls:
         found[LOSS_CONTROLS["backbone"]] = values = text.no_losses()
-        vocabulary = model.get_input_embeddings().num_embeddings
+        vocabulary = model.num_embeddings
         some = max(1, LOGITS[model.device.type] // (ids.shape[1] * vocabulary))
         with backbone_only(subject.model) as backbone:
             for rows in torch.arange(len(samples)).split(some):
@@ -140,14 +140,14 @@ class Text:
 def segments_at_once(subject: Subject, rows: int) -> int:
     """Segments whose logits are held at a time."""
     model = armt_model(subject.model)
-    of_segment = rows * subject.segment_size * model.get_input_embeddings().num_embeddings
+    of_segment = rows * subject.segment_size * model.num_embeddings
     return max(1, LOGITS[model.device.type] // of_segment)
 
 
 def rows_with_logits(subject: Subject, rows: int) -> int:
     """As many of the rows as have logits of a segment at a time."""
     model = armt_model(subject.model)
-    of_row = subject.segment_size * model.get_input_embeddings().num_embeddings
+    of_row = subject.segment_size * model.num_embeddings
     return max(1, min(rows, LOGITS[model.device.type] // of_row))
 
 

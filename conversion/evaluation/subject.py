@@ -80,7 +80,7 @@ def check_fits(subject: Subject, task: Task) -> None:
     Raises:
         ValueError: if the model has too small a vocabulary for a task of symbols.
     """
-    needed, has = getattr(task, "vocab_size", 0), armt_model(subject.model).get_input_embeddings().num_embeddings
+    needed, has = getattr(task, "vocab_size", 0), armt_model(subject.model).num_embeddings
     if has < needed:
         raise ValueError(f"{subject.name} has {has} tokens, but {task.name} uses ids up to {needed - 1}.")
 
