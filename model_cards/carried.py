@@ -24,9 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import peft
 import torch
-import transformers
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -266,7 +264,7 @@ def main() -> None:
     options = parse_options(args.task_option)
     with staged_folder(args.out) as folder:
         result = evaluate(args.checkpoint, args.task, options, args.lengths.split(","), args.samples, args.device)
-        result["environment"] = circumstances(torch, transformers, peft, device=args.device)
+        result["environment"] = circumstances("torch", "transformers", "peft", device=args.device)
         (folder / "results.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 

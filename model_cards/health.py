@@ -26,7 +26,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-import transformers  # noqa: E402
 from tqdm.auto import tqdm  # noqa: E402
 
 from modeling_armt.conversion.checkpoints import armt_model, load_checkpoint  # noqa: E402
@@ -159,7 +158,7 @@ def main() -> None:
         task = task_for(args.task, parse_options(args.task_option), tokenizer)
         content = {
             "model": args.model.name,
-            **circumstances(torch, transformers),
+            **circumstances("torch", "transformers"),
             "write_guard": model.config.write_guard and not args.no_guard,
             "segments": args.segments, "segment_size": model.config.segment_size, "rows": args.rows,
             "seed": args.seed, "texts": TEXTS[args.task],

@@ -10,9 +10,7 @@ import json
 import time
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 
 from modeling_armt.conversion.adapters import parameter_groups
 from modeling_armt.conversion.checkpoints import armt_model
@@ -67,7 +65,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     values = read_recipe(args.recipe) | ({} if args.model is None else {"model": args.model})
     recipe = make_recipe(values, str(args.recipe))
-    facts = circumstances(torch, transformers, peft)
+    facts = circumstances("torch", "transformers", "peft")
     results = []
     for segments in args.segments:
         rows = max(1, min(256, POSITIONS // segments)) if device == "cuda" else 2

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def run(module, path: Path, *options: str) -> dict:
     module.main([*TINY, *options, "--out", str(path)])
     content = json.loads(path.read_text())
     assert not [row for row in content["rows"] if "error" in row]
-    assert content["environment"]["torch"] == torch.__version__
+    assert content["environment"]["torch"] == version("torch")
     assert content["settings"]["segment_size"] == 16
     return content
 

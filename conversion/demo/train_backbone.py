@@ -16,10 +16,7 @@ import tarfile
 import unicodedata
 from pathlib import Path
 
-import safetensors
-import tokenizers
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -225,9 +222,9 @@ def main() -> None:
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(args.device)
     facts |= evaluate(saved, held_out_tokens.to(torch.int64).to(args.device), bytes_per_token, args)
     sizes = {name: getattr(args, name) for name in SIZES} | {"vocab": len(tokenizer)}
-    modules = (torch, transformers, tokenizers, safetensors)
+    packages = ("torch", "transformers", "tokenizers", "safetensors")
     facts = {
-        **circumstances(*modules, device=args.device),
+        **circumstances(*packages, device=args.device),
         "parameters": parameters, **sizes, "batch": args.batch, "lr": args.lr, "repeat_share": args.repeat_share,
         "snippet_min": args.repeat_tokens[0], "snippet_max": args.repeat_tokens[1], "seed": args.seed,
         "novels": len(names), "first_year": min(map(year_of, names)), "last_year": max(map(year_of, names)),

@@ -1,16 +1,16 @@
 """`armt evaluate`: what checkpoints recall at which length, beside their controls."""
 
-import sys
+import platform
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoints import check_checkpoint
+from ..circumstances import versions
 from ..tasks import Task
 from ..tasks.options import task_for
 from .measure import add_controls, applicable, controls_of, default_count, measure_answers, measure_losses
@@ -178,12 +178,8 @@ def environment(subject: Subject, command: str | None) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "dtype": str(subject.model.dtype).removeprefix("torch."),
-        "versions": {
-            "python": sys.version.split()[0],
-            **{
-                package: version(package) for package in ("modeling-armt", "torch", "transformers", "peft", "datasets")
-            },
-        },
+        "versions": {"python": platform.python_version()}
+        | versions("modeling-armt", "torch", "transformers", "peft", "datasets"),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": command,
     }

@@ -6,7 +6,6 @@ import platform
 import shutil
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from ...modeling_armt import ARMTForCausalLM
 from ..adapters import MEMORY_MODULES, lora_config
 from ..checkpoints import armt_model, check_checkpoint, load_checkpoint
+from ..circumstances import versions
 from ..convert import staged_folder
 from .checkpointing import last_checkpoint, partial_folder, remove_incomplete
 from .curriculum import Curriculum
@@ -200,7 +200,7 @@ def summarize(recipe: Recipe, trainer: CurriculumTrainer, command: str | None) -
         "seconds": seconds,
         "tokens_per_s": curriculum.tokens / max(seconds, 1e-9),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": versions(*PACKAGES),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",
         "processes": trainer.args.world_size,
         "command": command,

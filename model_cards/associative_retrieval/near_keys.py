@@ -11,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
-import torch
-import transformers
 from tqdm.auto import tqdm
 
 from modeling_armt.conversion.circumstances import circumstances
@@ -65,7 +62,7 @@ def main() -> None:
     result = {
         "pairs": args.pairs,
         "models": {path.name: measure(path, task, args.pairs, args.samples) for path in args.models},
-        "environment": circumstances(torch, transformers, peft),
+        "environment": circumstances("torch", "transformers", "peft"),
     }
     write_whole(args.out, json.dumps(result, indent=1) + "\n")
     for name, found in result["models"].items():

@@ -17,10 +17,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import safetensors
-import tokenizers
 import torch
-import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -247,9 +244,9 @@ def make_backbone(args: argparse.Namespace, command: str) -> dict:
         model.to(torch.bfloat16).save_pretrained(folder)
         saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(args.device)
         facts |= measure(saved.eval(), task, args)
-        modules = (torch, transformers, tokenizers, safetensors)
+        packages = ("torch", "transformers", "tokenizers", "safetensors")
         facts = {
-            **circumstances(*modules, device=args.device, command=command),
+            **circumstances(*packages, device=args.device, command=command),
             "parameters": saved.num_parameters(),
             **{name: getattr(args, name) for name in SIZES},
             **{name: getattr(args, name) for name in ("task", "batch", "lr", "story_share", "answer_weight", "seed")},
