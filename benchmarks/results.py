@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from modeling_armt.conversion.files import write_whole
 
 from .models import SHAPES
 
@@ -79,9 +80,7 @@ class Results:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.path)
+        write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
 
     def print_table(self, *columns: str) -> None:
         """A table of the given fields of all rows."""

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ..configuration_armt import ARMTConfig
 from ..modeling_armt import ARMTForCausalLM
-from .hub_names import may_be_on_hub
+from .hub_names import check_exists
 
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model")
@@ -78,13 +78,12 @@ def check_checkpoint(path: str | Path) -> tuple[str, PeftConfig | None]:
         ValueError, FileNotFoundError: as [`load_checkpoint`].
     """
     name = str(path)
-    if not Path(name).exists() and not may_be_on_hub(name):
-        raise FileNotFoundError(f"there is no checkpoint {name}.")
+    check_exists(name, "checkpoint")
     adapter = _adapter_config(name)
     base = name if adapter is None else str(adapter.base_model_name_or_path)
     of = "" if adapter is None else f", the base of the adapter {name},"
-    if not Path(base).exists() and not may_be_on_hub(base):
-        raise FileNotFoundError(f"there is no {base}{of.rstrip(',')}.")
+    if adapter is not None:
+        check_exists(base, f"base of the adapter {name},")
     try:
         config = AutoConfig.from_pretrained(base, revision=None if adapter is None else adapter.revision)
     except Exception as error:  # a damaged file raises whatever its reader meets

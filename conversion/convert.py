@@ -1,10 +1,6 @@
 """Conversion of a pretrained decoder into an ARMT checkpoint, and the proof that the result is sound."""
 
-import secrets
-import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -13,6 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from ..cache_armt import ARMTCache
 from ..configuration_armt import VARIANTS, ARMTConfig
 from ..modeling_armt import ARMTForCausalLM
+from .files import staged_folder
+from .hub_names import check_exists
 from .provenance import describe_backbone
 
 
@@ -75,6 +73,7 @@ def check_config(backbone: str | Path) -> None:
     """Refuses what is not a plain, unquantized decoder of attention layers, before its weights are loaded."""
     name = str(backbone)
     try:
+        check_exists(name, "backbone", old=True)
         config = AutoConfig.from_pretrained(name)
     except Exception as error:  # a damaged file raises whatever its reader meets
         raise ConversionError(f"{name} is not a model that transformers can load: {error}") from error
@@ -212,38 +211,6 @@ def _check_cached(model: ARMTForCausalLM, ids: torch.Tensor, logits: torch.Tenso
         error = ((cached - alone).abs().mean() / alone.std()).item()
         if not error < tolerance:
             raise ConversionError(f"reading {how} gives other logits than reading at once (off by {error:.1e}).")
-
-
-@contextmanager
-def staged_folder(out: str | Path) -> Iterator[Path]:
-    """
-    A folder that appears as a whole or not at all: yields a temporary one beside `out` and renames it at the end.
-
-    Raises:
-        FileExistsError: if `out` is a file, or a folder with something in it.
-    """
-    out = Path(out).resolve()
-    if out == Path.cwd():
-        raise FileExistsError(f"{out} is the current folder, which cannot be replaced; name a folder to be made.")
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise FileExistsError(
-            f"{out} exists and is not empty; nothing was changed. Name another folder, or remove it."
-        )
-    made = [parent for parent in out.parents if not parent.exists()]  # innermost first
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
-    folder.mkdir()
-    try:
-        yield folder
-        if out.is_dir():
-            out.rmdir()
-        folder.rename(out)
-        made = []
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):
-            for parent in made:
-                parent.rmdir()
 
 
 def copy_text_files(backbone: str | Path, folder: Path) -> None:

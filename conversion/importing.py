@@ -25,7 +25,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ..attachment_armt import find_decoder_layers
 from ..configuration_armt import VARIANTS, ARMTConfig
 from ..modeling_armt import ARMTForCausalLM
-from .convert import copy_text_files, staged_folder
+from .convert import copy_text_files
+from .files import staged_folder
+from .hub_names import check_exists
 from .provenance import describe_backbone
 
 
@@ -120,6 +122,7 @@ def import_checkpoint(
 
 def _backbone_config(backbone: str | Path) -> PreTrainedConfig:
     try:
+        check_exists(str(backbone), "backbone", old=True)
         config = AutoConfig.from_pretrained(str(backbone))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"the configuration of the backbone {backbone} cannot be loaded: {error}") from error

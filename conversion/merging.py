@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from ..modeling_armt import ARMTForCausalLM
 from .adapters import merge
 from .checkpoints import check_checkpoint, load_checkpoint
-from .convert import staged_folder
 from .evaluation.subject import hash_weights, read_training
+from .files import staged_folder
 
 
 # Of the logits' spread, on average: in the dtype that is saved, as in a conversion's checks, and in float32.

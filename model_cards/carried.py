@@ -36,11 +36,11 @@ from modeling_armt import ARMTForCausalLM
 from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.checkpoints import check_checkpoint
 from modeling_armt.conversion.circumstances import circumstances
-from modeling_armt.conversion.convert import staged_folder
 from modeling_armt.conversion.evaluation.evaluate import plan_lengths
 from modeling_armt.conversion.evaluation.intervals import interval
 from modeling_armt.conversion.evaluation.measure import default_count
 from modeling_armt.conversion.evaluation.subject import compute_as_backbone
+from modeling_armt.conversion.files import staged_folder
 from modeling_armt.conversion.tasks.options import parse_options, task_for
 from modeling_armt.conversion.training.checkpointing import last_checkpoint, partial_folder
 from modeling_armt.conversion.training.collating import collate

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm  # noqa: E402
 
 from modeling_armt.conversion.checkpoints import armt_model, load_checkpoint  # noqa: E402
 from modeling_armt.conversion.circumstances import circumstances  # noqa: E402
-from modeling_armt.conversion.convert import staged_folder  # noqa: E402
+from modeling_armt.conversion.files import staged_folder  # noqa: E402
 from modeling_armt.conversion.tasks.associative_retrieval import AssociativeRetrieval  # noqa: E402
 from modeling_armt.conversion.tasks.babi import generate_stories  # noqa: E402
 from modeling_armt.conversion.tasks.babilong import Babilong  # noqa: E402

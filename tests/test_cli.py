@@ -5,6 +5,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 import torch
 from families import FAMILIES, tiny_backbone
 from helpers import users_environment
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
@@ -176,6 +178,32 @@ class TestConvert:
 
     def test_missing_backbone(self, fails, tmp_path):
         assert "no/such" in fails("convert", "no/such", "--out", tmp_path / "armt")
+
+    @pytest.mark.parametrize("name", ["mistyped", "mistyped/folder"])
+    @pytest.mark.parametrize("verb", [
+        "convert {} --out out", "import weights.bin --backbone {} --out out --segment-size 8 --variant v2",
+        "train {} --task passkey --out out", "evaluate {} --task passkey --lengths 1k --out out",
+        "generate {} --prompt-ids ids.npy", "inspect {} --text text", "serve {} --port 0", "merge {} --out out",
+        "card {}", "publish {} ann/name",
+    ], ids=lambda verb: verb.split()[0])  # fmt: skip
+    def test_mistyped_folder_answers_at_once(self, fails, tmp_path, monkeypatch, verb, name):
+        """The Hub may have a model of that name: it is asked once, where it is not out of reach."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        Path("text").write_text("once")
+        np.save("ids.npy", [3])
+        asked, find = [], socket.getaddrinfo
+
+        def unknown_host(host, *arguments, **options):
+            if host == "localhost":
+                return find(host, *arguments, **options)
+            asked.append(host)
+            raise socket.gaierror("no such host")
+
+        monkeypatch.setattr("socket.getaddrinfo", unknown_host)
+        assert name in fails(*verb.format(name).split())
+        assert len(asked) <= 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.npy", "text"]
 
     def test_family_that_cannot(self, fails, tmp_path):
         CONFIG_MAPPING["t5"]().save_pretrained(tmp_path / "t5")

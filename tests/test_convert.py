@@ -5,6 +5,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,8 +37,8 @@ from modeling_armt.conversion.convert import (
     convert,
     probe_ids,
     probe_segment,
-    staged_folder,
 )
+from modeling_armt.conversion.files import staged, staged_folder, write_whole
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*without a tokenizer")
@@ -539,6 +540,35 @@ class TestStagedFolder:
         with staged_folder(out):
             pass
         assert out.stat().st_mode == (out.parent / "ordinary").stat().st_mode
+
+    @staticmethod
+    def hidden(out: Path) -> list[Path]:
+        return sorted(path for path in out.parent.iterdir() if path.name.startswith("."))
+
+    def test_what_a_killed_run_left_goes_with_the_next_of_that_name(self, out):
+        """A real kill, while a folder and a file are written."""
+        child = os.fork()
+        if child == 0:
+            with staged_folder(out) as folder, staged(out.with_name("file")):
+                (folder / "weights").touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert len(self.hidden(out)) == 2
+        with staged_folder(out.with_name("other")):
+            pass
+        assert len(self.hidden(out)) == 2
+        with staged_folder(out):
+            pass
+        write_whole(out.with_name("file"), "new")
+        assert contents(out.parent) == {out.name: None, "other": None, "file": b"new"}
+
+    def test_what_a_run_is_filling_stays(self, out):
+        with pytest.raises(OSError), staged_folder(out) as folder:
+            with staged_folder(out) as first:
+                (first / "first").touch()
+                assert self.hidden(out) == sorted([folder, first])
+            (folder / "second").touch()
+        assert contents(out.parent) == {out.name: None, f"{out.name}/first": b""}
 
     def test_folder_that_fills_up_meanwhile_stays(self, out):
         with pytest.raises(OSError), staged_folder(out) as folder:

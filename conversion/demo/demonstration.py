@@ -20,7 +20,8 @@ from transformers import AutoTokenizer, Trainer, TrainerCallback, TrainingArgume
 
 from ...modeling_armt import ARMTForCausalLM
 from ..adapters import lora_config, merge, parameter_groups
-from ..convert import convert, staged_folder
+from ..convert import convert
+from ..files import staged_folder
 from . import BACKBONE
 from .recall import PLACES, THINGS, RecallTask, Sample
 

@@ -1,12 +1,12 @@
 """Results as figures: score by length with controls, by distance and by depth, and loss by segment."""
 
 import importlib.util
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import staged
 from .controls import CONTROLS, MEMORY
 from .losses import LOSS_CONTROLS
 
@@ -59,9 +59,10 @@ def plot_results(results: dict[str, Any], folder: str | Path) -> list[Path]:
     for name, draw in figures.items():
         figure = draw(results, runs) if runs else None
         if figure is not None:
-            path, temporary = Path(folder) / name, Path(folder) / f".{name}.{os.getpid()}"
-            figure.savefig(temporary, format="png", dpi=150)
-            temporary.replace(path)
+            path = Path(folder) / name
+            with staged(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=150)
+                temporary.replace(path)
             paths.append(path)
     return paths
 

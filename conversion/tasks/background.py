@@ -5,9 +5,7 @@ import json
 import lzma
 import os
 import re
-import shutil
 import tarfile
-import tempfile
 import zlib
 from collections.abc import Iterator
 from itertools import chain
@@ -17,6 +15,7 @@ import numpy as np
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..files import staged
 from ..hub_names import may_be_on_hub
 from .documents import side_of_book
 
@@ -166,8 +165,7 @@ def cache_key(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> str:
 def build_cache(source: str | Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Tokenizes all books into a new folder, which appears complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
+    with staged(folder, folder=True) as staging:
         dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
         prefix = sentence_prefix(tokenizer)
         lengths, books, characters = [], [], 0
@@ -198,8 +196,6 @@ def build_cache(source: str | Path, tokenizer: PreTrainedTokenizerBase, folder: 
         except OSError:
             if not folder.is_dir():  # otherwise somebody else was faster, with the same content
                 raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def read_books(source: str | Path) -> Iterator[tuple[str, str]]:

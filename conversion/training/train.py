@@ -19,7 +19,7 @@ from ...modeling_armt import ARMTForCausalLM
 from ..adapters import MEMORY_MODULES, lora_config
 from ..checkpoints import armt_model, check_checkpoint, load_checkpoint
 from ..circumstances import versions
-from ..convert import staged_folder
+from ..files import staged_folder
 from .checkpointing import last_checkpoint, partial_folder, remove_incomplete
 from .curriculum import Curriculum
 from .data import StageData

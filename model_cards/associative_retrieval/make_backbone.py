@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, set_seed
 
 from modeling_armt import ARMTForCausalLM
 from modeling_armt.configuration_armt import VARIANTS
-from modeling_armt.conversion.convert import attach_checked, staged_folder
+from modeling_armt.conversion.convert import attach_checked
+from modeling_armt.conversion.files import staged_folder
 from modeling_armt.conversion.tasks.associative_retrieval import AssociativeRetrieval
 
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_armt.conversion.circumstances import circumstances
-from modeling_armt.conversion.convert import staged_folder
+from modeling_armt.conversion.files import staged_folder
 from modeling_armt.conversion.pretraining import (
     make_llama,
     pack,
