@@ -21,6 +21,7 @@ thousands of writes bfloat16 loses the memory. One product, phi(q) A of a read, 
 result is added to a bfloat16 x, and no error of it stays in the memory.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -103,6 +104,16 @@ def expansion_bound(k: torch.Tensor, beta: torch.Tensor, denominator: torch.Tens
     H = torch.bmm(k.flatten(0, -3), scaled.flatten(0, -3).mT)
     x = torch.bmm(H, H.sum(-1, keepdim=True))
     return (torch.bmm(H, x) / x.clamp(min=1e-30)).amax((-2, -1)).unflatten(0, rows)
+
+
+def plain_dtype(linear: nn.Module) -> torch.dtype | None:
+    """
+    The dtype that a linear layer computes in, None for one whose weight does not tell: quantizers pack weights, or
+    store them in 8 bits. Such a layer takes its input as the backbone's do.
+    """
+    weight = getattr(linear, "weight", None)
+    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+    return weight.dtype if plain else None
 
 
 class MemoryEquations:
@@ -248,13 +259,13 @@ class AssociativeMemory(MemoryEquations, nn.Module):
 
     @property
     def state_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.memory_query.weight.dtype, torch.float32)
+        return torch.promote_types(plain_dtype(self.memory_query) or torch.float32, torch.float32)
 
     @property
     def device(self) -> torch.device | None:
-        """Where states live; None if the weights are offloaded, so that it is where the layer runs."""
-        device = self.memory_query.weight.device
-        return None if device.type == "meta" else device
+        """Where states live; None if that is where the layer runs, since the weights are offloaded or out of sight."""
+        tensor = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return None if tensor is None or tensor.is_meta else tensor.device
 
     def zero_state(self, batch_size: int, device: torch.device | str) -> MemoryState:
         """An empty memory: every read from it is exactly 0."""
@@ -264,4 +275,4 @@ class AssociativeMemory(MemoryEquations, nn.Module):
         return MemoryState(A, A.new_zeros(batch_size, self.feature_size) if self.use_denom else None)
 
     def _project(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-        return linear(x.to(linear.weight.dtype)).to(self.state_dtype)
+        return linear(x.to(plain_dtype(linear) or x.dtype)).to(self.state_dtype)

@@ -34,6 +34,7 @@ from .schedule_armt import choose_schedule
 from .segmentation_armt import OutputColumns, RealTokens, Step, count_targets
 from .stacking_armt import separate_storages
 from .streaming_armt import read_stream
+from .transfer_armt import working_device
 from .truncation_armt import truncated_loss, zero_loss
 from .version_armt import code_version, warn_of_other_code
 
@@ -147,9 +148,10 @@ class ARMTPreTrainedModel(PreTrainedModel):
                 memory = model.memory[str(layer)].to_empty(device=device)
                 model._init_weights(memory)
         embedding = backbone.get_input_embeddings()
-        model.memory_tokens.to_empty(device=embedding.weight.device)
+        device = working_device(embedding)
+        model.memory_tokens.to_empty(device=device)
         # As large as what the embedding returns, which some families scale.
-        sample = embedding(torch.arange(min(1000, model.num_embeddings), device=embedding.weight.device))
+        sample = embedding(torch.arange(min(1000, model.num_embeddings), device=device))
         nn.init.normal_(model.memory_tokens.weight, std=sample.float().std().item())
         memory_dtype = torch.promote_types(embedding.weight.dtype, torch.float32)
         model.memory.to(memory_dtype)
@@ -179,8 +181,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
     def layer_devices(self) -> dict[int, torch.device]:
         """The device of every decoder layer."""
         layers = find_decoder_layers(self.decoder, self.config.text_config.num_hidden_layers)
-        devices = [next(layer.parameters()).device for layer in layers]
-        return {i: self.device if device.type == "meta" else device for i, device in enumerate(devices)}
+        return {index: working_device(layer) for index, layer in enumerate(layers)}
 
     # Loading and saving: both Auto classes find their code in the folder, and the memory of a text has its own file
 
@@ -291,8 +292,9 @@ class ARMTPreTrainedModel(PreTrainedModel):
         for step, outputs in run(wants=columns.wants):
             columns.add(step, outputs)
         if before is None and not columns.empty:  # no row has had a token yet
-            width = self.get_output_embeddings().weight.shape[-1]
-            before = torch.zeros(columns.tokens.batch_size, width, dtype=self.dtype, device=self.device)
+            shape = (columns.tokens.batch_size, self.get_output_embeddings().in_features)
+            device = working_device(self.get_input_embeddings())
+            before = torch.zeros(shape, dtype=self.dtype, device=device)
         hidden, *hidden_states = columns.collect(before)
         return self._using_all_memories(hidden), *hidden_states
 
@@ -319,7 +321,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         closes = [opened > 0 for opened in cache.opened]
         step = Step([0] * batch_size, [0] * batch_size, cache.opened, closes, self.config.num_mem_tokens)
         tokens = RealTokens(batch_size, 0)
-        source = torch.zeros(batch_size, 0, dtype=torch.long, device=self.device)
+        source = torch.zeros(batch_size, 0, dtype=torch.long)
         for _ in run_steps(self, source, tokens, [step], cache):
             pass
 

@@ -283,6 +283,68 @@ def test_autocast_does_not_touch_the_memory():
     assert torch.equal(read, memory.read(x, expected)[0])
 
 
+class Packed(nn.Module):
+    """A quantizer's linear: codes and scales instead of a weight, in float32."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+        self.register_buffer("codes", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def unpacked(self) -> torch.Tensor:
+        return self.codes * self.scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.unpacked(), self.bias)
+
+
+class OutOfSight(nn.Module):
+    """One whose weight is a method, on what is no tensor of the module."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.parts = [linear.weight.detach().clone(), linear.bias]
+
+    def weight(self) -> torch.Tensor:
+        return self.parts[0]
+
+    unpacked = weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, *self.parts)
+
+
+class StoredInEightBits(nn.Linear):
+    """One that computes in the dtype of its input, whatever it is stored in."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__(linear.in_features, linear.out_features)
+        self.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn))
+        self.bias = linear.bias
+
+    def unpacked(self) -> torch.Tensor:
+        return self.weight.float()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.unpacked(), self.bias)
+
+
+@pytest.mark.parametrize("kind", [Packed, OutOfSight, StoredInEightBits])
+@torch.no_grad()
+def test_projections_may_be_layers_whose_weight_does_not_tell_their_dtype(kind):
+    plain, quantized = make_memory(torch.float32), make_memory(torch.float32)
+    for name, linear in list(plain.named_children()):
+        setattr(quantized, name, kind(linear))
+        linear.weight.copy_(getattr(quantized, name).unpacked())
+    found, expected = (write_often(memory, times=3, dtype=torch.float32)[-1] for memory in (quantized, plain))
+    assert torch.equal(found.A, expected.A) and torch.equal(found.z, expected.z)
+    x = tokens(ROWS, 3, dtype=torch.float32)
+    assert torch.equal(quantized.read(x, found)[0], plain.read(x, expected)[0])
+    assert quantized.device == (None if kind is OutOfSight else torch.device("cpu"))
+
+
 @torch.no_grad()
 def test_float32_is_enough_for_a_thousand_writes():
     memory = make_memory(torch.float32)

@@ -1,6 +1,7 @@
 """A saved folder is all that anybody needs: it loads without this package, in other dtypes, places and formats."""
 
 import ast
+import copy
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from families import tiny_model
@@ -32,7 +34,7 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import modeling_armt
-from modeling_armt import ARMTConfig, ARMTForCausalLM, ARMTModel, static_keys_armt
+from modeling_armt import ARMTCache, ARMTConfig, ARMTForCausalLM, ARMTModel, static_keys_armt
 from modeling_armt.conversion.convert import convert
 from modeling_armt.conversion.demo import BACKBONE
 from modeling_armt.version_armt import code_version
@@ -561,6 +563,23 @@ class TestPlaces:
     )
     def test_parts_on_disk(self, saved, model, ids, tmp_path, on_disk):
         self.check(self.load(saved, tmp_path, on_disk), model, ids)
+
+    @pytest.mark.parametrize("place", ["embedding on disk", "nearly all on disk", "all in memory until it is needed"])
+    @torch.no_grad()
+    def test_offloaded_it_does_all_that_it_does_in_memory(self, saved, model, ids, tmp_path, place):
+        if "disk" in place:
+            offloaded = self.load(saved, tmp_path, self.parts[:2] if "embedding" in place else self.parts[:-1])
+        else:
+            offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
+        model.save_memory(model(ids[:, :21]).cache, tmp_path / "memory")
+        found, expected = [], []
+        for results, each in ((found, offloaded), (expected, model)):
+            padding = each(ids[:, :5], attention_mask=torch.zeros(2, 5, dtype=torch.long), cache=ARMTCache())
+            memory = each.load_memory(tmp_path / "memory")
+            each.close_segment(memory)
+            results += [padding.logits, each(ids[:, 21:], cache=memory).logits]
+            results += [each.generate(ids[:1], max_new_tokens=2, do_sample=False)]
+        assert_close(found, expected, atol=1e-9, rtol=0)
 
     def test_device_map_auto_with_too_little_memory(self, saved, model, ids, tmp_path):
         size = sum(parameter.nbytes for parameter in model.parameters())
