@@ -32,7 +32,6 @@ from .memory_file_armt import load_memory, save_memory
 from .reading_armt import run_steps
 from .schedule_armt import choose_schedule
 from .segmentation_armt import OutputColumns, RealTokens, Step, count_targets
-from .stacking_armt import separate_storages
 from .streaming_armt import read_stream
 from .transfer_armt import working_device
 from .truncation_armt import truncated_loss, zero_loss
@@ -81,7 +80,6 @@ class ARMTPreTrainedModel(PreTrainedModel):
         self.memory_tokens = nn.Embedding(config.num_mem_tokens, self.get_input_embeddings().embedding_dim)
         self.gradient_checkpointing = False
         self.fast = FastPaths()
-        self.register_state_dict_post_hook(separate_storages)
         self._attach()
         self.post_init()
 

@@ -1,10 +1,10 @@
 """
 Equal layers as one: their weights in one tensor, and one call for all of them.
 
-The weights of a group of layers are laid out side by side once, and every layer's parameter becomes a view of that
-tensor: nothing is held twice, and whatever changes a parameter in place changes the stack. Whether parameters still
-lie side by side is seen from their addresses, so nobody has to remember the stack, and a model that was moved, copied
-or loaded anew is laid out again when it is next needed.
+The weights of a group of layers are laid out side by side once, and every layer's parameter keeps its values there:
+nothing is held twice, and whatever changes a parameter in place changes the stack. Whether parameters still lie side
+by side is seen from their addresses, so a model that was moved, copied or loaded anew is laid out again when it is
+next needed.
 """
 
 import copy
@@ -15,9 +15,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .attachment_armt import MEMORY_HOOKS
 from .diagonal_attention_armt import CannotStack, use_attention
+
+
+# By the address of every tensor in a stack, the memory of the stack, which lasts as long as one of its tensors.
+_stacks: dict[int, StorageWeakRef] = {}
 
 
 def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -25,8 +30,7 @@ def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     Equal tensors as one `(G, ...)` tensor that shares their memory, without gradients.
 
     Args:
-        tensors: G parameters or buffers of one shape and dtype. Unless they lie side by side already, they are moved:
-            their `data` becomes a view of the result.
+        tensors: G parameters or buffers of one shape and dtype. Unless they lie side by side already, they are moved.
 
     Raises:
         CannotStack: if one of them is there twice.
@@ -34,33 +38,40 @@ def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     first = tensors[0]
     if len(tensors) == 1:
         return first.detach()[None]
-    if len({id(tensor) for tensor in tensors}) < len(tensors):
-        raise CannotStack("its layers share a weight")
-    size = first.numel() * first.element_size()
-    storage = first.untyped_storage().data_ptr()
-    if not all(
-        tensor.data_ptr() == first.data_ptr() + number * size
-        and tensor.untyped_storage().data_ptr() == storage
-        and tensor.is_contiguous()
+    size, address = first.nbytes, first.data_ptr()
+    memory, storage = _stacks.get(address), None
+    if memory is not None and all(
+        tensor.data_ptr() == address + number * size and tensor.is_contiguous()
         for number, tensor in enumerate(tensors)
     ):
-        with torch.inference_mode(False), torch.no_grad():  # a parameter must not become an inference tensor
-            stack = torch.stack([tensor.detach() for tensor in tensors])
-            for tensor, view in zip(tensors, stack, strict=True):
-                tensor.data = view
-    return first.detach().as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
+        storage = torch.UntypedStorage._new_with_weak_ptr(memory.cdata)
+    with torch.inference_mode(False), torch.no_grad():  # a parameter must not become an inference tensor
+        if storage is None:
+            storage = _lay_out(tensors)
+            address = storage.data_ptr()
+        offset = (address - storage.data_ptr()) // first.element_size()
+        strides = torch.empty(first.shape, device="meta").stride()
+        stack = torch.empty(0, dtype=first.dtype, device=first.device)
+        return stack.set_(storage, offset, (len(tensors), *first.shape), (first.numel(), *strides))
 
 
-def separate_storages(module: nn.Module, state_dict: dict, prefix: str, metadata) -> None:
+def _lay_out(tensors: Sequence[torch.Tensor]) -> torch.UntypedStorage:
     """
-    A state dict hook. Weights that lie side by side share a storage, and writers of checkpoints take tensors of one
-    storage for one tensor; here each gets a storage object of its own, on the same memory.
+    Moves tensors side by side. Each gets a storage object of its own on its part of the memory, so that whoever saves,
+    shares or compares it finds a tensor like any other.
     """
-    for name, tensor in state_dict.items():
-        if not name.startswith(prefix) or type(tensor) is not torch.Tensor or tensor.device.type == "meta":
-            continue
-        if tensor.untyped_storage().nbytes() > tensor.numel() * tensor.element_size():
-            state_dict[name] = torch.from_dlpack(tensor)
+    if len({id(tensor) for tensor in tensors}) < len(tensors):
+        raise CannotStack("its layers share a weight")
+    storage = torch.stack([tensor.detach() for tensor in tensors]).untyped_storage()
+    size = tensors[0].nbytes
+    for number, tensor in enumerate(tensors):
+        part = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        tensor.data = part.set_(storage[number * size : (number + 1) * size], 0, tensor.shape)
+    for address in [address for address, memory in list(_stacks.items()) if memory.expired()]:
+        _stacks.pop(address, None)
+    memory = StorageWeakRef(storage)
+    _stacks.update((tensor.data_ptr(), memory) for tensor in tensors if size)
+    return storage
 
 
 class _Stack(torch.autograd.Function):
@@ -120,8 +131,8 @@ def kind(module: nn.Module) -> tuple:
     of one kind can be run as one.
 
     Raises:
-        CannotStack: if a weight is not an ordinary tensor in one place (quantized, offloaded, sharded), or if somebody
-            hooks into the module.
+        CannotStack: if a weight is not an ordinary tensor in one place (quantized, offloaded, sharded) that may be
+            moved, or if somebody hooks into the module.
     """
     described = []
     for name, part in walk(module):
@@ -140,6 +151,11 @@ def kind(module: nn.Module) -> tuple:
             raise CannotStack(f"{name} is a {type(tensor).__name__}, not an ordinary tensor")
         if tensor.device.type == "meta":
             raise CannotStack(f"{name} is offloaded")
+        storage = tensor.untyped_storage()
+        if storage.nbytes() > tensor.nbytes:  # as DeepSpeed and FSDP keep it
+            raise CannotStack(f"{name} is a part of a larger tensor, from which it must not be moved")
+        if tensor.device.type == "cpu" and storage.is_shared():
+            raise CannotStack(f"{name} is in memory that processes share, from which it must not be moved")
         described.append((name, tuple(tensor.shape), tensor.dtype, tensor.device))
     return tuple(described)
 

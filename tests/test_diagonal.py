@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -474,6 +475,48 @@ class TestStackedWeights:
         model.load_state_dict(plain)
         assert self.read(model) <= 1e-9
 
+    def test_a_layer_on_its_own_is_saved_without_the_others(self, tmp_path):
+        from safetensors.torch import load_file, save_model
+
+        model = deep_model()
+        self.read(model)
+        layer = model.decoder.layers[1]
+        expected = {name: value.clone() for name, value in layer.state_dict().items()}
+        torch.save(layer.mlp.up_proj, tmp_path / "layer.pt")
+        assert (tmp_path / "layer.pt").stat().st_size < 2 * self.weight(model, 1).nbytes + 4096
+        save_model(layer, tmp_path / "layer.safetensors")
+        assert same(load_file(tmp_path / "layer.safetensors"), expected)
+        assert len(pickle.dumps(self.weight(model, 1))) < 2 * self.weight(model, 1).nbytes + 4096
+
+    def test_weights_that_processes_share_stay_where_they_are(self):
+        model, ids = deep_model(), random_ids(1, LENGTH)
+        expected = model(ids).logits
+        self.read(model)
+        model.share_memory()
+        assert all(parameter.is_shared() for parameter in model.parameters())
+        places = [parameter.data_ptr() for parameter in model.parameters()]
+        with pytest.raises(ValueError, match=r"in memory that processes share.*schedule='sequential'"):
+            model(ids, schedule="diagonal")
+        assert torch.equal(model(ids).logits, expected)
+        assert places == [parameter.data_ptr() for parameter in model.parameters()]
+
+    def test_weights_that_somebody_keeps_in_one_tensor_stay_where_they_are(self):
+        model, ids = deep_model(), random_ids(1, LENGTH)
+        weights = [self.weight(model, layer) for layer in range(4)]
+        flat = torch.cat([weight.detach().flatten() for weight in weights])  # as DeepSpeed and FSDP do
+        for weight, part in zip(weights, flat.split(weights[0].numel()), strict=True):
+            weight.data = part.view_as(weight)
+        with pytest.raises(ValueError, match="part of a larger tensor"):
+            model(ids, schedule="diagonal")
+        flat.zero_()
+        assert not any(weight.any() for weight in weights)
+
+    def test_weights_of_a_loaded_model_are_stacked(self, tmp_path):
+        deep_model().save_pretrained(tmp_path)
+        loaded = ARMTForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+        assert self.read(loaded) <= 1e-9
+        assert self.is_stacked(loaded)
+
     @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
     def test_adapters(self):
         from peft import get_peft_model
@@ -514,6 +557,19 @@ class TestStackedWeights:
         tensors[1].data.fill_(7)
         assert stack[1].eq(7).all()
         assert stacked(tensors).data_ptr() == stack.data_ptr()
+        assert stacked(tensors[1:]).data_ptr() == tensors[1].data_ptr()
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in tensors)
+
+    def test_the_memory_of_a_stack_goes_with_its_last_tensor(self):
+        tensors = [torch.nn.Parameter(torch.zeros(2, 3)) for _ in range(3)]
+        memory = StorageWeakRef(stacked(tensors).untyped_storage())
+        place = tensors[0].data_ptr()
+        for tensor in tensors[1:]:
+            tensor.data = torch.ones(2, 3)
+        assert not memory.expired()
+        assert stacked(tensors)[:, 0, 0].tolist() == [0, 1, 1]
+        assert memory.expired()
+        assert tensors[0].data_ptr() != place
 
 
 class TestChoice:
