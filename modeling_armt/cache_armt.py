@@ -3,13 +3,14 @@ What a text leaves behind: the associative state of every layer, and the keys an
 
 `generate` sees [`ARMTCache`], whose length is the number of columns read. Inside it the backbone sees [`SegmentKeys`],
 whose length is the number of positions in the open segment, at most `segment_size`: that is all that ever grows.
-No tensor is modified in place, so copies share them and cost nothing. (While a text is decoded by compiled code, its
-tensors are in that code's buffers: they come back, copied, as soon as anybody asks for them.)
+No tensor is modified in place, so copies share them and cost nothing, and a cache changes all at once: whoever forks
+or saves it meanwhile, in another thread too, gets what it held before or after. (While a text is decoded by compiled
+code, its tensors are in that code's buffers: they come back, copied, as soon as anybody asks for them.)
 """
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DynamicCache
@@ -59,7 +60,18 @@ class SegmentKeys(DynamicCache):
         return self.map(align)
 
 
-_LENT = ("states", "statistics", "keys", "last_hidden")
+class Contents(NamedTuple):
+    """All that an [`ARMTCache`] holds, which says what it is."""
+
+    states: dict[int, MemoryState | None]
+    statistics: dict[int, LayerStatistics]
+    keys: SegmentKeys | None
+    last_hidden: torch.Tensor | None
+    opened: list[int]
+    segments: list[int]
+    tokens: list[int]
+    columns: int
+    lent_to: Any = None
 
 
 class ARMTCache(Cache):
@@ -69,16 +81,16 @@ class ARMTCache(Cache):
 
     Attributes:
         states: [`MemoryState`] by layer, None before the first write.
+        statistics: [`LayerStatistics`] by layer, outside of training.
         keys: [`SegmentKeys`] of the open segments, None if none is open.
+        last_hidden: `(B, D)`, the backbone's last hidden state at each row's last real token.
         opened: tokens in each row's open segment.
         segments: segments each row has written.
         tokens: real tokens each row has read.
-        last_hidden: `(B, D)`, the backbone's last hidden state at each row's last real token.
         columns: columns of input read in this conversation, padding included: what `generate` calls the length.
         lent_to: who has the tensors in its buffers (`give_back(cache)` makes it return them), None if nobody has.
     """
 
-    lent_to: Any = None
     # Whether its owner gives it up if a call fails, so that the call need not keep what it replaces.
     expendable = False
 
@@ -88,15 +100,15 @@ class ARMTCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.lent_to = None
-        self.states: dict[int, MemoryState | None] = {}
-        self.statistics: dict[int, LayerStatistics] = {}
-        self.keys: SegmentKeys | None = None
-        self.opened: list[int] = []
-        self.segments: list[int] = []
-        self.tokens: list[int] = []
-        self.last_hidden: torch.Tensor | None = None
-        self.columns = 0
+        self._contents = Contents({}, {}, None, None, [], [], [], 0)
+
+    def contents(self) -> Contents:
+        """What the cache holds, all of it of one moment."""
+        while True:
+            contents = self._contents  # looked at once: another thread may replace it
+            if contents.lent_to is None:
+                return contents
+            contents.lent_to.give_back(self)
 
     @property
     def batch_size(self) -> int:
@@ -114,9 +126,7 @@ class ARMTCache(Cache):
         A new conversation on the same memory: it goes on from the same state, and `generate` takes only the ids that
         come from here on. Neither side sees what the other reads. Costs no memory.
         """
-        new = self._map(lambda tensor: tensor)
-        new.columns = 0
-        return new
+        return self._with(self._map(lambda tensor: tensor)._replace(columns=0))
 
     def stats(self) -> dict[int, dict[str, list[float | None] | None]]:
         """
@@ -138,8 +148,9 @@ class ARMTCache(Cache):
         None where a row has met nothing of the kind yet, for all rows if nothing was collected (nothing is in
         training) or if a memory without denominator has no such thing.
         """
-        layers = {layer: state for layer, state in self.states.items() if state is not None}
-        return {layer: summary(state, self.statistics.get(layer)) for layer, state in layers.items()}
+        states, statistics, *_ = self.contents()
+        layers = {layer: state for layer, state in states.items() if state is not None}
+        return {layer: summary(state, statistics.get(layer)) for layer, state in layers.items()}
 
     # What generate and its helpers ask of a cache
 
@@ -188,56 +199,61 @@ class ARMTCache(Cache):
 
     def lend(self, borrower: Any) -> None:
         """Leaves the tensors to `borrower`, which has copied them to where it works on them."""
-        for name in _LENT:
-            del self.__dict__[name]
-        self.lent_to = borrower
+        self._contents = self._contents._replace(
+            states=None, statistics=None, keys=None, last_hidden=None, lent_to=borrower
+        )
+
+    def count(self, **numbers: Any) -> None:
+        """Sets numbers (`tokens`, ...) while the tensors are lent."""
+        self._contents = self._contents._replace(**numbers)
 
     def receive(self, tensors: dict[str, Any]) -> None:
         """The end of `lend`: what the tensors have become, by name."""
-        self.__dict__.update(tensors, lent_to=None)
-
-    def take_back(self) -> None:
-        """Ends lending, if there is any."""
-        borrower = self.lent_to
-        if borrower is not None:
-            borrower.give_back(self)
-
-    def __getattr__(self, name: str):  # asked for what is not there
-        if name in _LENT and self.lent_to is not None:
-            self.take_back()
-            return self.__dict__[name]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _LENT:
-            self.take_back()
-        super().__setattr__(name, value)
-
-    def __getstate__(self) -> dict[str, Any]:
-        self.take_back()
-        return self.__dict__.copy()
+        self._contents = self._contents._replace(**tensors, lent_to=None)
 
     # Copies
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_contents": self.contents()}
+
     def become(self, other: "ARMTCache") -> None:
         """Takes over all that `other` holds."""
-        self.take_back()
-        self.__dict__.update(other.__getstate__())
+        self._contents = other.contents()
+
+    def _with(self, contents: Contents) -> "ARMTCache":
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__, _contents=contents)
+        return new
 
     def _select(self, rows: torch.Tensor) -> None:
         index = rows.tolist()
-        self.become(self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device))))
-        for name in ("opened", "segments", "tokens"):
-            setattr(self, name, [getattr(self, name)[i] for i in index])
-        if self.keys is not None:  # the row with the longest open segment may be gone
-            length = max(self.opened, default=0)
-            self.keys = self.keys.map(lambda states: states[:, :, -length:]) if length else None
+        new = self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        opened, segments, tokens = ([numbers[i] for i in index] for numbers in (new.opened, new.segments, new.tokens))
+        keys = new.keys
+        if keys is not None:  # the row with the longest open segment may be gone
+            length = max(opened, default=0)
+            keys = keys.map(lambda states: states[:, :, -length:]) if length else None
+        self._contents = new._replace(opened=opened, segments=segments, tokens=tokens, keys=keys)
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ARMTCache":
-        """A copy with `function` applied to every tensor."""
-        new = copy.copy(self)
-        new.states = {layer: None if state is None else state.map(function) for layer, state in self.states.items()}
-        new.statistics = {layer: statistics.map(function) for layer, statistics in self.statistics.items()}
-        new.keys = None if self.keys is None else self.keys.map(function)
-        new.last_hidden = None if self.last_hidden is None else function(self.last_hidden)
-        return new
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Contents:
+        """What the cache holds, with `function` applied to every tensor."""
+        contents = self.contents()
+        states = {i: None if state is None else state.map(function) for i, state in contents.states.items()}
+        return contents._replace(
+            states=states,
+            statistics={i: statistics.map(function) for i, statistics in contents.statistics.items()},
+            keys=None if contents.keys is None else contents.keys.map(function),
+            last_hidden=None if contents.last_hidden is None else function(contents.last_hidden),
+        )
+
+
+def _part(name: str, lent: bool) -> property:
+    """One of the [`Contents`] as an attribute; `lent`: what has to come back from whoever has it in its buffers."""
+    return property(
+        lambda cache: getattr(cache.contents() if lent else cache._contents, name),
+        lambda cache, value: setattr(cache, "_contents", cache.contents()._replace(**{name: value})),
+    )
+
+
+for _name in Contents._fields:
+    setattr(ARMTCache, _name, _part(_name, lent=_name in ("states", "statistics", "keys", "last_hidden")))

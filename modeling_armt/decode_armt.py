@@ -63,7 +63,7 @@ def decode(
         real = (attention_mask[:, -1] != 0).tolist()
     fast = model.fast
     if cache.lent_to is not None and cache.lent_to is not fast.decode:
-        cache.take_back()  # before the lock is taken: two models that wait for each other would wait for ever
+        cache.contents()  # before the lock is taken: two models that wait for each other would wait for ever
     with fast.lock:
         if not isinstance(fast.decode, FixedShapes) or not fast.decode.fits():
             if fast.decode is _PREPARING:
@@ -196,20 +196,17 @@ class FixedShapes:
 
     def _count(self, cache: ARMTCache, real: list[bool] | None) -> None:
         """Advances what the host knows, and writes the segments that are full."""
-        counts = cache.__dict__
-        if real is None:
-            counts["opened"] = [n + 1 for n in cache.opened]
-            counts["tokens"] = [n + 1 for n in cache.tokens]
-        else:
-            counts["opened"] = [n + r for n, r in zip(cache.opened, real, strict=True)]
-            counts["tokens"] = [n + r for n, r in zip(cache.tokens, real, strict=True)]
-        counts["columns"] += 1
-        size = self.step.segment_size
-        if size in cache.opened:
-            full = [row for row, n in enumerate(cache.opened) if n == size]
+        taken = [1] * len(cache.tokens) if real is None else real
+        opened = [n + r for n, r in zip(cache.opened, taken, strict=True)]
+        full = [row for row, n in enumerate(opened) if n == self.step.segment_size]
+        if full:
             self.step.flush(full)
-            counts["opened"] = [0 if n == size else n for n in cache.opened]
-            counts["segments"] = [n + (row in full) for row, n in enumerate(cache.segments)]
+        cache.count(
+            opened=[0 if row in full else n for row, n in enumerate(opened)],
+            segments=[n + (row in full) for row, n in enumerate(cache.segments)],
+            tokens=[n + r for n, r in zip(cache.tokens, taken, strict=True)],
+            columns=cache.columns + 1,
+        )
 
     def begin(self, input_ids: torch.LongTensor, cache: ARMTCache) -> None:
         """

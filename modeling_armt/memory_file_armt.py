@@ -138,6 +138,7 @@ def save_memory(model: PreTrainedModel, cache: ARMTCache, path: str | os.PathLik
             "there is no memory to save: pass the cache that a forward or generate of this model returned, "
             f"not {type(cache).__name__}."
         )
+    cache = cache.fork()  # all of one moment
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(cache).items()}
     if name := _not_finite(tensors):
         raise ValueError(

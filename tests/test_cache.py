@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,6 +12,8 @@ from families import NUM_MEM_TOKENS, SEGMENT_SIZE, random_ids, tiny_model
 from helpers import cache_contents, pad_left, read_in_chunks, same
 
 from modeling_armt import ARMTCache, ARMTForCausalLM
+from modeling_armt.cache_armt import SegmentKeys
+from modeling_armt.memory_armt import MemoryState
 
 
 LENGTH = 2 * SEGMENT_SIZE + 3
@@ -30,6 +33,10 @@ def read(model: ARMTForCausalLM, length: int = LENGTH, rows: int = 1) -> ARMTCac
 def answer(model: ARMTForCausalLM, cache: ARMTCache) -> torch.Tensor:
     """What the model says to a next text, without the cache noticing."""
     return model(random_ids(cache.batch_size, LENGTH, seed=5), cache=cache.fork()).logits
+
+
+def pickled(cache: ARMTCache) -> ARMTCache:
+    return pickle.loads(pickle.dumps(cache))
 
 
 # The object
@@ -88,6 +95,34 @@ def test_a_fork_costs_no_memory(model):
     fork = cache.fork()
     for layer, state in cache.states.items():
         assert fork.states[layer].A.data_ptr() == state.A.data_ptr()
+
+
+@pytest.mark.parametrize("duplicate", [ARMTCache.fork, copy.deepcopy, pickled], ids=["fork", "deepcopy", "pickle"])
+def test_a_copy_is_of_one_moment(duplicate, model, monkeypatch):
+    """As when another thread reads on while it is made: here whenever the copy looks at a tensor."""
+    cache, later = read(model), read(model, length=3 * LENGTH)
+    expected, after = (cache_contents(duplicate(each)) for each in (cache, later))
+    for place, name in ((MemoryState, "map"), (MemoryState, "__reduce_ex__"), (torch.Tensor, "__reduce_ex__")):
+        original = getattr(place, name)
+
+        def meanwhile(self, *args, original=original):
+            cache.become(later)
+            return original(self, *args)
+
+        monkeypatch.setattr(place, name, meanwhile)
+    copied = duplicate(cache)
+    monkeypatch.undo()
+    assert same(cache_contents(copied), expected)
+    assert same(cache_contents(duplicate(cache)), after)
+
+
+def test_a_reordering_that_fails_leaves_the_cache_as_it_was(model, monkeypatch):
+    cache = read(model, rows=2)
+    before = cache_contents(cache)
+    monkeypatch.setattr(SegmentKeys, "map", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cache.reorder_cache(torch.tensor([1, 0]))
+    assert same(cache_contents(cache), before)
 
 
 def test_a_cache_cannot_be_cropped(model):
