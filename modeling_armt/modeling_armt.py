@@ -496,9 +496,9 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             if isinstance(logits_to_keep, torch.Tensor):
                 logits_to_keep = check_columns(logits_to_keep, tokens.num_columns)
             first, last = self._columns_to_keep(logits_to_keep, tokens.num_columns)
-            columns = OutputColumns(tokens, 0 if output_hidden_states else first, last)
-            hidden, *hidden_states = self._read_columns(columns, run, cache)
-            hidden = hidden[:, first - columns.first :]
+            kept = (0, tokens.num_columns) if output_hidden_states else (first, last)
+            hidden, *hidden_states = self._read_columns(OutputColumns(tokens, *kept), run, cache)
+            hidden = hidden[:, first - kept[0] : last - kept[0]]
             if isinstance(logits_to_keep, torch.Tensor):
                 hidden = hidden[:, logits_to_keep.to(hidden.device) - first]
             logits = self._logits(hidden)

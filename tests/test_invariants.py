@@ -242,6 +242,17 @@ def test_logits_to_keep_returns_the_last_columns(batch, keep: int):
     assert difference(kept, expected) <= TOLERANCE
 
 
+@pytest.mark.parametrize("keep", [3, torch.tensor([4, 9]), torch.arange(30) == 7], ids=["number", "columns", "mask"])
+@torch.no_grad()
+def test_hidden_states_have_all_columns_whichever_logits_are_kept(keep: int | torch.Tensor):
+    model, ids = tiny_model("llama"), random_ids(2, 30)
+    expected = model(ids, use_cache=False, output_hidden_states=True)
+    found = model(ids, use_cache=False, output_hidden_states=True, logits_to_keep=keep)
+    assert same(found.hidden_states, expected.hidden_states)
+    kept = slice(-keep, None) if isinstance(keep, int) else keep
+    assert difference(found.logits, expected.logits[:, kept]) < 1e-9
+
+
 @examples(15)
 @given(batch=batches(), data=st.data())
 @torch.no_grad()
