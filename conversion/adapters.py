@@ -11,6 +11,13 @@ from ..modeling_armt import ARMTForCausalLM
 
 # Linears and embeddings of the memory; PEFT trains copies of them and saves them with the adapter.
 MEMORY_MODULES = ["memory_query", "memory_key", "memory_value", "memory_beta", "memory_tokens"]
+# The same, of models with `memory_norm`.
+MEMORY_NORMS = ["memory_read_norm", "memory_write_norm"]
+
+
+def memory_modules(model: ARMTForCausalLM) -> list[str]:
+    """The names of the modules that a memory of `model` is made of."""
+    return MEMORY_MODULES + MEMORY_NORMS * model.config.memory_norm
 
 
 def lora_config(model: ARMTForCausalLM, r: int = 16, lora_alpha: int = 32, **options) -> LoraConfig:
@@ -29,7 +36,7 @@ def lora_config(model: ARMTForCausalLM, r: int = 16, lora_alpha: int = 32, **opt
     layers = find_decoder_layers(model.decoder, model.config.text_config.num_hidden_layers)
     defaults = {
         "target_modules": sorted(linears(layers)),
-        "modules_to_save": MEMORY_MODULES,
+        "modules_to_save": memory_modules(model),
         "task_type": TaskType.CAUSAL_LM,
     }
     return LoraConfig(r=r, lora_alpha=lora_alpha, **{**defaults, **options})
@@ -58,7 +65,7 @@ def parameter_groups(model: nn.Module, lr: float, memory_lr: float, weight_decay
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = memory_lr if any(part in MEMORY_MODULES for part in name.split(".")) else lr
+            rate = memory_lr if any(part in MEMORY_MODULES + MEMORY_NORMS for part in name.split(".")) else lr
             decay = 0.0 if parameter.dim() < 2 or "memory_tokens" in name else weight_decay
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

@@ -12,6 +12,9 @@ z (B, K) that normalises what is read from it:
            gamma = clip(1 - (k . z + eps) / (|k|^2 + gamma_eps), 0, 1)   how new the key is (the correction)
            A <- A + sum_m beta k (v - v0)^T,   z <- z + sum_m gamma k
 
+With `memory_norm`, which is not in the papers either, x and y are normalised before they are projected: their entries
+in a large model are of any size, and have so much in common that all keys and queries would lie together.
+
 All m tokens of a write see the old A and z, and beta does not touch z. So a write takes A to (I - M) A and what it
 stores, with M = sum_m beta k k^T / (k . z + eps), and A grows where M has eigenvalues above 2. The guard, which is not
 in the papers, lowers beta where that would go on for ever (`_guarded`).
@@ -116,10 +119,29 @@ def plain_dtype(linear: nn.Module) -> torch.dtype | None:
     return weight.dtype if plain else None
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x / rms(x) * weight + bias over the last dimension, computed in float32 or more, in the dtype of `x`."""
+    exact = x.to(torch.promote_types(weight.dtype, torch.float32))
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6)
+    return (exact * weight + bias).to(x.dtype)
+
+
+class MemoryNorm(nn.Module):
+    """What is projected, on its own scale: [`rms_norm`] with a weight and a bias `(D,)`."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.bias)
+
+
 class MemoryEquations:
     """
-    Read and write. A subclass says how its projections are applied, to one layer or to several, and has the constants
-    `nu`, `normalize_features`, `gamma_eps`, `denom_eps`, `correction`, `use_denom`, `write_guard` and `state_dtype`.
+    Read and write. A subclass says how its norms and projections are applied, to one layer or to several, and has the
+    constants `nu`, `normalize_features`, `gamma_eps`, `denom_eps`, `correction`, `use_denom`, `write_guard` and `state_dtype`.
     """
 
     def _features(self, u: torch.Tensor) -> torch.Tensor:
@@ -138,7 +160,7 @@ class MemoryEquations:
             The new layer input `(B, P, D)` in the dtype of `x`, and the terms of the read.
         """
         with torch.autocast(x.device.type, enabled=False):  # float32 also under mixed precision
-            q = self._features(self._project(self.memory_query, x))  # (B, P, K)
+            q = self._features(self._project(self.memory_query, self._normed(self.memory_read_norm, x)))  # (B, P, K)
             if x.dtype == torch.bfloat16:
                 denominator = self._denominator(q, state)
                 divided = q if denominator is None else q / denominator[..., None]
@@ -163,6 +185,7 @@ class MemoryEquations:
             The new state and the terms of the write.
         """
         with torch.autocast(y.device.type, enabled=False):
+            y = self._normed(self.memory_write_norm, y)
             k = self._features(self._project(self.memory_key, y))  # (B, m, K)
             v = self._project(self.memory_value, y)  # (B, m, D)
             beta = self._project(self.memory_beta, y).sigmoid()  # (B, m, 1)
@@ -228,6 +251,7 @@ class AssociativeMemory(MemoryEquations, nn.Module):
         correction: with False gamma is 1, and z grows with every write.
         use_denom: with False reads and v0 are not divided, and there is no z.
         write_guard: keep the eigenvalues of M, of tokens whose gamma is 0, below `MAX_EIGENVALUE`.
+        memory_norm: normalise what is projected.
     """
 
     def __init__(
@@ -241,6 +265,7 @@ class AssociativeMemory(MemoryEquations, nn.Module):
         correction: bool = True,
         use_denom: bool = True,
         write_guard: bool = True,
+        memory_norm: bool = False,
     ):
         super().__init__()
         self.feature_size = 2 * nu * d_mem
@@ -251,11 +276,14 @@ class AssociativeMemory(MemoryEquations, nn.Module):
         self.correction = correction
         self.use_denom = use_denom
         self.write_guard = write_guard
+        self.memory_norm = memory_norm
         # Names that no backbone uses, so that adapters aimed at the backbone's q_proj, k_proj, ... leave them alone.
         self.memory_query = nn.Linear(hidden_size, d_mem, bias=False)
         self.memory_key = nn.Linear(hidden_size, d_mem, bias=False)
         self.memory_value = nn.Linear(hidden_size, hidden_size, bias=False)
         self.memory_beta = nn.Linear(hidden_size, 1)
+        self.memory_read_norm = MemoryNorm(hidden_size) if memory_norm else None
+        self.memory_write_norm = MemoryNorm(hidden_size) if memory_norm else None
 
     @property
     def state_dtype(self) -> torch.dtype:
@@ -273,6 +301,9 @@ class AssociativeMemory(MemoryEquations, nn.Module):
             batch_size, self.feature_size, self.memory_value.out_features, dtype=self.state_dtype, device=device
         )
         return MemoryState(A, A.new_zeros(batch_size, self.feature_size) if self.use_denom else None)
+
+    def _normed(self, norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
+        return x if norm is None else norm(x)
 
     def _project(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
         return linear(x.to(plain_dtype(linear) or x.dtype)).to(self.state_dtype)

@@ -72,6 +72,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
                     config.correction,
                     config.use_denom,
                     config.write_guard,
+                    config.memory_norm,
                 )
                 for layer in config.memory_layer_indices
             }
@@ -166,9 +167,9 @@ class ARMTPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module):
         if isinstance(module, AssociativeMemory):
             for name, parameter in module.named_parameters():
-                if name == "memory_beta.bias":
+                if name == "memory_beta.bias" or name.endswith("norm.weight"):
                     init.ones_(parameter)
-                elif name == "memory_value.weight":
+                elif name == "memory_value.weight" or name.endswith("norm.bias"):
                     init.zeros_(parameter)  # a fresh memory stores and returns 0
                 else:
                     bound = parameter.shape[-1] ** -0.5

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .memory_armt import AssociativeMemory, MemoryEquations
+from .memory_armt import AssociativeMemory, MemoryEquations, MemoryNorm, rms_norm
 from .stacking_armt import CannotStack, trainable_stack
 
 
@@ -40,6 +40,7 @@ def _two_halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 PROJECTIONS = ("memory_query", "memory_key", "memory_value", "memory_beta")
+NORMS = ("memory_read_norm", "memory_write_norm")
 
 
 def memory_weights(memories: Sequence[AssociativeMemory], halves: bool) -> dict[str, torch.Tensor]:
@@ -54,21 +55,24 @@ def memory_weights(memories: Sequence[AssociativeMemory], halves: bool) -> dict[
         CannotStack: if a projection is not a plain linear, nor one that PEFT trains a copy of.
     """
     weights = {}
-    for name in PROJECTIONS:
-        linears = [_plain_linear(getattr(memory, name), name) for memory in memories]
-        weight = weights[f"{name}.weight"] = trainable_stack([linear.weight for linear in linears])
-        if linears[0].bias is not None:
-            weights[f"{name}.bias"] = trainable_stack([linear.bias for linear in linears])
-        if halves and weight.dtype == torch.float32:
+    for name in (*PROJECTIONS, *NORMS):
+        modules = [getattr(memory, name) for memory in memories]
+        if modules[0] is None:
+            continue
+        modules = [_plain(module, name) for module in modules]
+        weight = weights[f"{name}.weight"] = trainable_stack([module.weight for module in modules])
+        if modules[0].bias is not None:
+            weights[f"{name}.bias"] = trainable_stack([module.bias for module in modules])
+        if halves and weight.dtype == torch.float32 and name in PROJECTIONS:
             weights[f"{name}.halves"] = split(weight.detach())
     return weights
 
 
-def _plain_linear(module: nn.Module, name: str) -> nn.Linear:
+def _plain(module: nn.Module, name: str) -> nn.Linear | MemoryNorm:
     if hasattr(module, "modules_to_save"):  # PEFT's wrapper around a module that is trained in full
         adapters = module.active_adapters
         module = module.original_module if module.disable_adapters else module.modules_to_save[adapters[0]]
-    if type(module) is not nn.Linear or hasattr(module, "_hf_hook"):
+    if type(module) not in (nn.Linear, MemoryNorm) or hasattr(module, "_hf_hook"):
         raise CannotStack(f"{name} is a {type(module).__module__}.{type(module).__name__}, not a plain linear layer")
     return module
 
@@ -83,6 +87,7 @@ class StackedMemory(MemoryEquations):
     """
 
     memory_query, memory_key, memory_value, memory_beta = PROJECTIONS
+    memory_read_norm, memory_write_norm = NORMS
 
     def __init__(self, like: AssociativeMemory, weights: dict[str, torch.Tensor]):
         for name in ("nu", "normalize_features", "gamma_eps", "denom_eps", "correction", "use_denom", "write_guard"):
@@ -107,6 +112,11 @@ class StackedMemory(MemoryEquations):
         (k_high, k_low), (v_high, v_low) = (_two_halves(tensor.flatten(0, 1)) for tensor in (k, v))
         left, right = torch.cat([k_high, k_low, k_high], dim=1), torch.cat([v_high, v_high, v_low], dim=1)
         return torch.bmm(left.mT, right, out_dtype=torch.float32).unflatten(0, k.shape[:2])
+
+    def _normed(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        if f"{name}.weight" not in self.weights:
+            return x
+        return rms_norm(x, *(self.weights[f"{name}.{part}"][:, None, None] for part in ("weight", "bias")))
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")

@@ -22,6 +22,7 @@ OTHER_THAN_DEFAULT = {
     "correction": False,
     "use_denom": False,
     "write_guard": False,
+    "memory_norm": True,
     "memory_layers": [0, 2],
 }
 
@@ -41,6 +42,7 @@ BAD_VALUES = {
     "normalize_features": [1, "yes", None],
     "correction": [1, "yes", None],
     "use_denom": [1, "yes", None],
+    "memory_norm": [1, "yes", None],
     "memory_layers": [[], [3], [-1], [0, 0], [0.0], [True], "01", 1],
     "armt_version": [0, "1", None, ARMT_VERSION + 1],
     "text_config": [None, {}, {"model_type": "abacus"}, "llama", 3],
@@ -144,6 +146,11 @@ def test_every_value_survives_saving(loader, backbone, tmp_path):
     assert {name: getattr(loaded, name) for name in OTHER_THAN_DEFAULT} == OTHER_THAN_DEFAULT
     assert isinstance(loaded.text_config, LlamaConfig)
     assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+
+
+def test_what_older_code_would_read_wrongly_has_a_newer_version(backbone):
+    assert ARMTConfig(text_config=backbone).armt_version == 1
+    assert ARMTConfig(text_config=backbone, memory_norm=True).armt_version == 2
 
 
 def test_the_list_of_other_values_is_complete(backbone):

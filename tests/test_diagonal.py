@@ -262,6 +262,21 @@ class TestBatches:
     def test_variants_of_the_memory(self, option: str):
         compare(deep_model(**{option: False}), 1e-9, random_ids(2, LENGTH))
 
+    @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+    def test_normalised_inputs_of_the_memory(self, checkpointing: bool):
+        model, ids = deep_model(memory_norm=True), random_ids(2, LENGTH)
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.startswith("memory."):
+                torch.nn.init.normal_(parameter)
+        compare(model, 1e-9, ids)
+        if checkpointing:
+            enable_checkpointing(model.train())
+        loss, expected = gradients(model, ids, schedule="sequential")
+        fast_loss, found = gradients(model, ids, schedule="diagonal")
+        assert fast_loss == pytest.approx(loss, abs=1e-9)
+        for parameter, gradient in expected.items():
+            assert difference(found[parameter], gradient) <= 1e-8, parameter
+
     @torch.no_grad()
     def test_statistics_agree(self):
         model, ids = deep_model(), random_ids(3, LENGTH)

@@ -27,6 +27,13 @@ class Reference:
     def project(self, name: str, x: list[float]) -> list[float]:
         return [sum(w * value for w, value in zip(row, x, strict=True)) for row in self.weights[f"{name}.weight"]]
 
+    def normed(self, name: str, x: list[float]) -> list[float]:
+        if not self.memory.memory_norm:
+            return x
+        size = math.sqrt(sum(value**2 for value in x) / len(x) + 1e-6)
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        return [w * value / size + b for w, value, b in zip(weight, x, bias, strict=True)]
+
     def phi(self, u: list[float]) -> list[float]:
         y = [max(value, 0.0) for value in u] + [max(-value, 0.0) for value in u]
         features = [y[i] * y[i - shift] for shift in range(1, self.memory.nu + 1) for i in range(len(y))]
@@ -46,12 +53,14 @@ class Reference:
     def read(self, x: list[float]) -> list[float]:
         if not self.written:
             return x
-        return [a + b for a, b in zip(x, self.recall(self.phi(self.project("memory_query", x))), strict=True)]
+        query = self.project("memory_query", self.normed("memory_read_norm", x))
+        return [a + b for a, b in zip(x, self.recall(self.phi(query)), strict=True)]
 
     def write(self, tokens: list[list[float]]) -> list[float]:
         """Returns the gammas."""
         A, z, gammas = [list(row) for row in self.A], list(self.z), []
         for y in tokens:
+            y = self.normed("memory_write_norm", y)
             k, v = self.phi(self.project("memory_key", y)), self.project("memory_value", y)
             beta = 1 / (1 + math.exp(-self.project("memory_beta", y)[0] - self.weights["memory_beta.bias"][0]))
             gamma = 1.0
@@ -98,9 +107,10 @@ def test_dpfp_multiplies_each_half_rectified_entry_with_its_neighbours():
 @pytest.mark.parametrize("nu", [1, 2, 3])
 @pytest.mark.parametrize(("correction", "use_denom"), list(itertools.product([True, False], repeat=2)))
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("norm", [False, True])
 @torch.no_grad()
-def test_reads_and_writes_follow_the_equations(variant: str, correction: bool, use_denom: bool, nu: int):
-    memory = make_memory(nu=nu, correction=correction, use_denom=use_denom, **VARIANTS[variant])
+def test_reads_and_writes_follow_the_equations(norm: bool, variant: str, correction: bool, use_denom: bool, nu: int):
+    memory = make_memory(nu=nu, correction=correction, use_denom=use_denom, memory_norm=norm, **VARIANTS[variant])
     state, rows = memory.zero_state(ROWS, "cpu"), [Reference(memory) for _ in range(ROWS)]
     for number in range(4):
         x, y = tokens(ROWS, 3, seed=10 + number), tokens(ROWS, TOKENS, seed=number)
@@ -221,7 +231,7 @@ def test_without_correction_rewriting_a_key_dilutes_it():
     assert answer(memory, state, KEY) == pytest.approx([0.5, 1.0, 1.5], rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [VARIANTS["v2"], VARIANTS["paper"], {"use_denom": False}], ids=str)
+@pytest.mark.parametrize("options", [VARIANTS["v2"], VARIANTS["paper"], {"use_denom": False}, {"memory_norm": True}], ids=str)
 def test_gradients_reach_all_projections(options: dict):
     memory = make_memory(**options)
     state = write_often(memory, times=2)[-1]
