@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from ..cache_armt import ARMTCache
 from ..configuration_armt import VARIANTS, ARMTConfig
+from ..memory_armt import MemoryNorm, rms_norm
 from ..modeling_armt import ARMTForCausalLM
 from .files import staged_folder
 from .hub_names import check_exists
@@ -32,6 +33,7 @@ def convert(
     memory_layers: list[int] | None = None,
     dtype: str = "auto",
     correction: bool = True,
+    memory_norm: bool = False,
     seed: int = 0,
 ) -> ARMTForCausalLM:
     """
@@ -40,7 +42,8 @@ def convert(
     Args:
         backbone: folder or Hub id of a causal language model of transformers.
         out: folder to write; must not exist, or be empty.
-        segment_size, num_mem_tokens, d_mem, memory_layers, correction: see [`ARMTConfig`].
+        segment_size, num_mem_tokens, d_mem, memory_layers, correction, memory_norm: see [`ARMTConfig`]. The norms are
+            set by [`calibrate`].
         variant: `v2`, the authors' current model, or `paper`, the formula of the paper.
         dtype: of the backbone's weights; `auto` keeps the checkpoint's. Memories are float32.
         seed: of the fresh memories.
@@ -59,10 +62,12 @@ def convert(
         copy_text_files(backbone, folder)
         source = load_backbone(backbone, dtype)
         options = {"segment_size": segment_size, "num_mem_tokens": num_mem_tokens, "d_mem": d_mem}
-        options |= {"memory_layers": memory_layers, "correction": correction}
+        options |= {"memory_layers": memory_layers, "correction": correction, "memory_norm": memory_norm}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = attach_checked(source, **options, **VARIANTS[variant])
+            if memory_norm:
+                calibrate(model)
         model.config.converted_from = describe_backbone(backbone)
         model.save_pretrained(folder)
     model.name_or_path = model.config.name_or_path = str(out)  # adapters name their base
@@ -145,6 +150,36 @@ def probe_ids(config: ARMTConfig) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     length = probe_segment(config) * 5 // 2 + 1
     return torch.randint(config.text_config.vocab_size, (1, length), generator=generator)
+
+
+@torch.no_grad()
+def calibrate(model: ARMTForCausalLM) -> None:
+    """
+    Sets the norms of a fresh model so that what they return has mean 0 and variance 1 in every channel, over random
+    tokens: what all tokens of a backbone have in common, which is most of their length, says nothing about any, and
+    keys and queries are left with what tells them apart.
+    """
+    seen = {}
+
+    def watch(norm: MemoryNorm, args: tuple[torch.Tensor]):
+        x = args[0].to(norm.weight.dtype).flatten(0, 1)
+        seen.setdefault(norm, []).append(rms_norm(x, torch.ones_like(norm.weight), torch.zeros_like(norm.bias)))
+
+    segment_size = model.config.segment_size
+    model.config.segment_size = segment = min(segment_size, 64)
+    norms = [module for module in model.memory.modules() if isinstance(module, MemoryNorm)]
+    watching = [norm.register_forward_pre_hook(watch) for norm in norms]
+    try:
+        ids = torch.randint(model.config.text_config.vocab_size, (8, 2 * segment), device=model.device)
+        model(ids, use_cache=False, schedule="sequential", logits_to_keep=1)
+    finally:
+        model.config.segment_size = segment_size
+        for handle in watching:
+            handle.remove()
+    for norm, inputs in seen.items():
+        variance, mean = torch.var_mean(torch.cat(inputs), dim=0)
+        norm.weight.copy_(variance.add(1e-6).rsqrt())
+        norm.bias.copy_(-mean * norm.weight)
 
 
 @torch.no_grad()

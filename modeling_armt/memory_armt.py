@@ -141,7 +141,8 @@ class MemoryNorm(nn.Module):
 class MemoryEquations:
     """
     Read and write. A subclass says how its norms and projections are applied, to one layer or to several, and has the
-    constants `nu`, `normalize_features`, `gamma_eps`, `denom_eps`, `correction`, `use_denom`, `write_guard` and `state_dtype`.
+    constants `nu`, `normalize_features`, `gamma_eps`, `denom_eps`, `correction`, `use_denom`, `write_guard` and
+    `state_dtype`.
     """
 
     def _features(self, u: torch.Tensor) -> torch.Tensor:

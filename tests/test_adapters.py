@@ -156,6 +156,15 @@ class TestTraining:
             assert f"base_model.model.{module}.modules_to_save.default.{leaf}" in trainable, name
             assert not torch.equal(merged[name], run.base_weights[name]), name
 
+    def test_norms_of_the_memory_are_trained_at_its_rate(self):
+        model = tiny_model(memory_norm=True)
+        adapted = get_peft_model(model, lora_config(model))
+        groups = parameter_groups(adapted, lr=1, memory_lr=2, weight_decay=0.5)
+        norms = [parameter for name, parameter in adapted.named_parameters() if "norm.modules_to_save" in name]
+        assert len(norms) == 2 * 2 * len(model.memory)
+        (group,) = [group for group in groups if (group["lr"], group["weight_decay"]) == (2, 0)]
+        assert all(any(parameter is other for other in group["params"]) for parameter in norms)
+
     def test_nothing_else_is_trained(self, run):
         names = [name for name, parameter in run.model.named_parameters() if parameter.requires_grad]
         assert all("lora_" in name or "modules_to_save.default" in name for name in names)

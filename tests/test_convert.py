@@ -15,6 +15,7 @@ import torch
 from families import FAMILIES, REFUSED, tiny_backbone
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.testing import assert_close
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -52,6 +53,12 @@ def llama_config(**fields) -> LlamaConfig:
     sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return LlamaConfig(**{**sizes, **heads, "initializer_range": 0.2, **fields})
+
+
+def mean_cosine(x: torch.Tensor) -> float:
+    """Of two vectors of `(..., D)`, on average."""
+    directions = nn.functional.normalize(x.flatten(0, -2), dim=-1)
+    return (directions @ directions.T).mean().item()
 
 
 def tiny_llama(cls: type[LlamaForCausalLM] = LlamaForCausalLM, **fields) -> LlamaForCausalLM:
@@ -252,6 +259,22 @@ class TestOptions:
         assert all(torch.equal(first[name], again[name]) for name in first)
         differ = {name.split(".")[0] for name in first if not torch.equal(first[name], other[name])}
         assert differ == {"memory", "memory_tokens"}
+
+    @torch.no_grad()
+    def test_memory_norm_takes_off_what_all_tokens_have_in_common(self, tmp_path, out):
+        backbone = tiny_llama()
+        backbone.model.embed_tokens.weight += 0.3
+        backbone.save_pretrained(tmp_path / "alike")
+        model, calls = convert(tmp_path / "alike", out, segment_size=16, memory_norm=True), []
+        norms = [module for name, module in model.memory.named_modules() if name.endswith("norm")]
+        for norm in norms:
+            norm.register_forward_hook(lambda _, args, result: calls.append((*args, result)))
+        model(torch.randint(61, (64, 32)), use_cache=False, schedule="sequential")
+        assert len(norms) == len(calls) == 2 * 3
+        for x, normed in calls:
+            assert mean_cosine(normed) < 0.1 < mean_cosine(x)
+            assert normed.flatten(0, 1).std(0).mean() == pytest.approx(1, abs=0.2)
+        assert_close(ARMTForCausalLM.from_pretrained(out).state_dict(), model.state_dict(), rtol=0, atol=0)
 
     def test_memory_layers(self, plain, out):
         convert(plain, out, memory_layers=[2, 0])

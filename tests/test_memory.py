@@ -231,7 +231,7 @@ def test_without_correction_rewriting_a_key_dilutes_it():
     assert answer(memory, state, KEY) == pytest.approx([0.5, 1.0, 1.5], rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [VARIANTS["v2"], VARIANTS["paper"], {"use_denom": False}, {"memory_norm": True}], ids=str)
+@pytest.mark.parametrize("options", [*VARIANTS.values(), {"use_denom": False}, {"memory_norm": True}], ids=str)
 def test_gradients_reach_all_projections(options: dict):
     memory = make_memory(**options)
     state = write_often(memory, times=2)[-1]

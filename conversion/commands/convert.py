@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="without the correction gamma, so that what is written again adds up, for comparison",
     )
     parser.add_argument(
+        "--memory-norm", action="store_true", help="normalise what the memory's projections get (default: as it is)"
+    )
+    parser.add_argument(
         "--memory-layers", type=int, nargs="+", metavar="I", help="layers that get a memory (default: all)"
     )
     parser.add_argument(

@@ -96,6 +96,8 @@ def fields(facts: Facts) -> dict[str, Any]:
         "correction of the denominator": "on" if config.correction else "off",
         "guard of writes": "on" if config.write_guard else "off",
     }
+    if config.memory_norm:
+        shape |= {"inputs of the memory": "RMS-normalised, with weight and bias"}
     if adapter:
         lora = facts.checkpoint.adapter
         shape |= {"LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha}"}
