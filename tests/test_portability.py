@@ -14,7 +14,7 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from families import tiny_model
+from families import random_ids, tiny_model
 from huggingface_hub import HfApi
 from local_hub import LocalHub, connected, environment
 from peft import LoraConfig, get_peft_model
@@ -566,9 +566,12 @@ class TestPlaces:
 
     @pytest.mark.parametrize("place", ["embedding on disk", "nearly all on disk", "all in memory until it is needed"])
     @torch.no_grad()
-    def test_offloaded_it_does_all_that_it_does_in_memory(self, saved, model, ids, tmp_path, place):
+    def test_offloaded_it_does_all_that_it_does_in_memory(self, tmp_path, place):
+        model, ids = tiny_model("llama"), random_ids(2, 30)  # not tied: accelerate 1.10 mixes tied weights on disk up
+        model.save_pretrained(tmp_path / "saved")
         if "disk" in place:
-            offloaded = self.load(saved, tmp_path, self.parts[:2] if "embedding" in place else self.parts[:-1])
+            parts = [part for part in self.parts if not part.endswith((".2", ".3", ".4"))]
+            offloaded = self.load(tmp_path / "saved", tmp_path, parts[:1] if "embedding" in place else parts[:-1])
         else:
             offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device="cpu")
         model.save_memory(model(ids[:, :21]).cache, tmp_path / "memory")
