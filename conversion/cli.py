@@ -17,6 +17,7 @@ from .commands import (
     inspect,
     merge,
     publish,
+    refresh,
     serve,
     train,
 )
@@ -33,6 +34,7 @@ VERBS = {
     "merge": merge,
     "card": card,
     "publish": publish,
+    "refresh": refresh,
     "demo": demo,
 }
 

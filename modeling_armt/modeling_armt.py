@@ -38,6 +38,14 @@ from .truncation_armt import truncated_loss, zero_loss
 from .version_armt import code_version, warn_of_other_code
 
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_armt.ARMTConfig",
+    "AutoModel": "modeling_armt.ARMTModel",
+    "AutoModelForCausalLM": "modeling_armt.ARMTForCausalLM",
+}
+"""What a checkpoint's configuration says of where its classes are."""
+
+
 class ARMTPreTrainedModel(PreTrainedModel):
     """
     What [`ARMTModel`] and [`ARMTForCausalLM`] share: the backbone with its head (`model`), the memories of its layers
@@ -194,11 +202,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs):
         self.config.validate_memory()
-        self.config.auto_map = {
-            "AutoConfig": "configuration_armt.ARMTConfig",
-            "AutoModel": "modeling_armt.ARMTModel",
-            "AutoModelForCausalLM": "modeling_armt.ARMTForCausalLM",
-        }
+        self.config.auto_map = dict(AUTO_MAP)
         self.config.code_version = code_version()
         super().save_pretrained(save_directory, **kwargs)
 

@@ -88,7 +88,7 @@ def inspect_folder(folder: str | Path) -> Checkpoint:
         wanted += ADAPTER
         missing = [name for name in ADAPTER if name not in present]
     elif "config.json" in present:
-        adapter, config = None, _read_config(folder)
+        adapter, config = None, read_config(folder)
         code = _code_files(folder, config)
         wanted += [*WEIGHTS, *code, "config.json", "generation_config.json"]
         missing = [*_missing_weights(folder, present)]
@@ -148,7 +148,8 @@ def _matches(name: str, pattern: str) -> bool:
     return name.count("/") == pattern.count("/") and fnmatch(name, pattern)
 
 
-def _read_config(folder: Path) -> ARMTConfig:
+def read_config(folder: Path) -> ARMTConfig:
+    """The configuration of a full checkpoint. Raises FolderError for one that is not ARMT, or cannot be."""
     fields = read_json(folder / "config.json")
     if fields.get("model_type") != ARMTConfig.model_type:
         raise FolderError(

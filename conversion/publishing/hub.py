@@ -151,12 +151,24 @@ class Repository:
                 self.api.create_branch(self.name, branch=self.branch, exist_ok=True)
             parent = self.api.repo_info(self.name, revision=self.branch).sha
             old = [name for name in self.files() if published(name) and name not in paths]
+        return self.commit_files(paths, old, message, parent, tag)
+
+    def commit_files(self, paths: dict[str, Path], gone: list[str], message: str, parent: str, tag: str | None) -> str:
+        """
+        Adds or replaces files, and removes others, in one commit after `parent`; see [`commit`].
+
+        Raises:
+            HubError: also if there is another commit after `parent`.
+        """
+        with self.errors():
             # Not upload_folder, which spreads a large folder over several commits.
             operations = [CommitOperationAdd(name, str(path)) for name, path in paths.items()]
-            operations += [CommitOperationDelete(name) for name in old]
+            operations += [CommitOperationDelete(name) for name in gone]
             oid = self.api.create_commit(
                 self.name, operations, commit_message=message, revision=self.branch, parent_commit=parent
             ).oid
+        if tag is None:
+            return oid
         try:
             self.api.create_tag(self.name, tag=tag, revision=oid, exist_ok=True)
         except Exception as error:  # as below
