@@ -220,8 +220,11 @@ class TestDemonstration:
         unseen = {distance: score for distance, score in numbers["after"].items() if distance > max(TRAIN_DISTANCES)}
         assert unseen and min(unseen.values()) >= 0.8
 
-    def test_fresh_process_answers_right_without_the_package(self, numbers):
-        assert numbers["fresh"]["answers"] == numbers["fresh"]["truth"]
+    def test_fresh_process_answers_like_the_trained_model_without_the_package(self, numbers):
+        fresh = numbers["fresh"]
+        assert fresh["answers"] == fresh["here"]
+        # Of 40: a model that is right in .95 has fewer with a probability of 4e-8, and one that guesses has 3.
+        assert sum(map(str.__eq__, fresh["answers"], fresh["truth"])) >= 28
         assert numbers["fresh"]["installed"] is False
         assert numbers["fresh"]["class"].startswith("transformers_modules.")
 

@@ -16,6 +16,8 @@ from modeling_armt.conversion.evaluation.controls import CONTROLS
 from modeling_armt.conversion.evaluation.evaluate import OWN_TO_A_SEED
 from modeling_armt.conversion.evaluation.losses import LOSS_CONTROLS
 from modeling_armt.conversion.merging import merge_adapter
+from modeling_armt.conversion.tasks.babi import PERSONS
+from modeling_armt.conversion.tasks.babi import PLACES as BABI_PLACES
 from modeling_armt.conversion.training.recipe import make_recipe, read_recipe
 
 
@@ -134,3 +136,10 @@ def test_no_record_names_a_folder_of_the_machine_it_comes_from():
     for path in [*CARDS.rglob("*.json"), *CARDS.rglob("*.yaml"), *CARDS.rglob("*.md")]:
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"/(tmp|home|root|work)/", text), path
+
+
+def test_cards_of_qa1_say_that_it_knows_nobody_else():
+    text = (CARDS / "babilong" / "README.md").read_text(encoding="utf-8")
+    assert "closed list" in text and all(word in text for word in (*PERSONS, *BABI_PLACES))
+    for card in [*CARDS.glob("babilong/qa1-*/README.md"), ROOT / "README.md"]:
+        assert "closed list" in card.read_text(encoding="utf-8"), card

@@ -30,6 +30,7 @@ SEGMENT_SIZE, NUM_MEM_TOKENS, D_MEM = 32, 4, 32
 TRAIN_DISTANCES = [1, 2]
 TEST_DISTANCES = [1, 2, 4, 8, 16]
 MAX_STEPS, EVALUATE_EVERY, GOAL = 300, 25, 0.98
+QUESTIONS, QUESTIONS_SHOWN = 40, 6  # to the fresh process
 MIN_STEPS = 150  # after the goal at the distances of training comes recall at longer ones
 
 # Runs in a process of its own, which knows nothing but the folder.
@@ -121,7 +122,7 @@ def run_demo(out: str | Path, seed: int = 0) -> dict:
         tokenizer.save_pretrained(folder)
         shutil.rmtree(folder / "converted")
         shutil.rmtree(folder / "trainer", ignore_errors=True)
-    fresh = ask_fresh_process(console, task, Path(out), seed)
+    fresh = ask_fresh_process(console, task, merged, Path(out), seed)
     seconds = time.monotonic() - started
     console.print(f"\nThe checkpoint is in {out}. All of this took {seconds:.0f} seconds.")
     return {"before": before, "after": with_memory, "memory_off": without, "fresh": fresh, "seconds": seconds}
@@ -187,10 +188,13 @@ def train(model: ARMTForCausalLM, task: RecallTask, console: Console, folder: Pa
     return adapted.eval()
 
 
-def ask_fresh_process(console: Console, task: RecallTask, folder: Path, seed: int, count: int = 6) -> dict:
-    """Lets a new Python process load the checkpoint with `trust_remote_code=True` and answer questions."""
+def ask_fresh_process(console: Console, task: RecallTask, model: ARMTForCausalLM, folder: Path, seed: int) -> dict:
+    """
+    Lets a new Python process load the checkpoint with `trust_remote_code=True` and answer questions, beside the model
+    that was saved.
+    """
     questions, asked, truth = [], [], []
-    for sample in take(task, [TRAIN_DISTANCES[-1]], seed + 5000, count):
+    for sample in take(task, [TRAIN_DISTANCES[-1]], seed + 5000, QUESTIONS):
         end = next(i for i, label in enumerate(sample.labels) if label != -100)
         questions.append(sample.input_ids[:end])
         asked.append(task.tokenizer.decode(sample.input_ids[sample.question_start : end]).strip())
@@ -206,8 +210,12 @@ def ask_fresh_process(console: Console, task: RecallTask, folder: Path, seed: in
     fresh = json.loads(result.stdout.splitlines()[-1])
     console.print(f"A new process loaded {fresh['class'].split('.')[-1]}.py from the folder, and generated:")
     table = Table("the text ends with", "generated", "true")
-    for row in zip(asked, fresh["answers"], truth, strict=True):
+    for row in list(zip(asked, fresh["answers"], truth, strict=True))[:QUESTIONS_SHOWN]:
         table.add_row(f"... {row[0]}", *row[1:])
     console.print(table)
-    fresh["truth"] = truth
+    with torch.no_grad():
+        here = [model.generate(torch.tensor([ids]), max_new_tokens=1, do_sample=False)[0, -1] for ids in questions]
+    fresh |= {"truth": truth, "here": [task.tokenizer.decode(token).strip() for token in here]}
+    right, same = (sum(map(str.__eq__, fresh["answers"], fresh[whose])) for whose in ("truth", "here"))
+    console.print(f"Of {QUESTIONS} such answers {right} are right, and {same} are those of the model in this process.")
     return fresh

@@ -121,7 +121,7 @@ def fields(facts: Facts) -> dict[str, Any]:
         "training_summary": summarize(training),
         "task_description": facts.task and describe_task(facts.task),
         "stages": [
-            {key: plain(stage[key]) for key in STAGE if stage.get(key) is not None}
+            {key.replace("_", " "): plain(stage[key]) for key in STAGE if stage.get(key) is not None}
             for stage in training.get("stages", [])
         ],
         "recipe": as_yaml(without_defaults(recipe)) if recipe else None,

@@ -1,4 +1,7 @@
-"""BABILong (arXiv 2406.10149): facts of a bAbI story scattered over books, and a question about them."""
+"""
+BABILong (arXiv 2406.10149): facts of a bAbI story scattered over books, and a question about them. Its people, places
+and things are bAbI's closed list: what was trained on it knows no others.
+"""
 
 import re
 import warnings
