@@ -29,7 +29,7 @@ from .head_armt import run_head
 from .input_armt import check_columns, check_input, check_position_table, check_training, refuse_arguments
 from .memory_armt import AssociativeMemory
 from .memory_file_armt import load_memory, save_memory
-from .reading_armt import run_steps
+from .reading_armt import draft, run_steps
 from .schedule_armt import choose_schedule
 from .segmentation_armt import OutputColumns, RealTokens, Step, count_targets
 from .streaming_armt import read_stream
@@ -269,12 +269,14 @@ class ARMTPreTrainedModel(PreTrainedModel):
         bptt_segments: int | None = None,
         output_hidden_states: bool = False,
         schedule: str | None = None,
-    ) -> tuple[RealTokens, list[Step], Callable[..., Iterator[tuple[Step, tuple[torch.Tensor, ...]]]]]:
+    ) -> tuple[
+        RealTokens, list[Step], Callable[..., Iterator[tuple[Step, tuple[torch.Tensor, ...]]]], ARMTCache | None
+    ]:
         """
         Checks the input and cuts it into steps. `whole` says that it is not one of several parts of a text.
 
         Returns:
-            Where the real tokens are, the steps, and [`run_steps`] to run them with.
+            Where the real tokens are, the steps, [`run_steps`] to run them with, and what they are read into.
         """
         source, tokens = check_input(self, input_ids, inputs_embeds, attention_mask, cache, whole)
         check_training(self, bptt_segments)
@@ -284,14 +286,15 @@ class ARMTPreTrainedModel(PreTrainedModel):
         steps, prepared = choose_schedule(
             self, tokens.counts, opened, cache is not None, schedule, output_hidden_states, bptt_segments
         )
-        run = partial(run_steps, self, source, tokens, steps, cache, bptt_segments, output_hidden_states, prepared)
-        return tokens, steps, run
+        work = None if cache is None else draft(cache, tokens)
+        run = partial(run_steps, self, source, tokens, steps, work, bptt_segments, output_hidden_states, prepared)
+        return tokens, steps, run, work
 
     def _read_columns(
-        self, columns: OutputColumns, run: Callable[..., Iterator], cache: ARMTCache | None
+        self, columns: OutputColumns, run: Callable[..., Iterator], work: ARMTCache | None
     ) -> tuple[torch.Tensor, ...]:
         """Runs all steps; returns `(last hidden state, hidden states of all layers ...)` in the wanted columns."""
-        before = None if cache is None else cache.last_hidden
+        before = None if work is None else work.last_hidden
         for step, outputs in run(wants=columns.wants):
             columns.add(step, outputs)
         if before is None and not columns.empty:  # no row has had a token yet
@@ -325,8 +328,10 @@ class ARMTPreTrainedModel(PreTrainedModel):
         step = Step([0] * batch_size, [0] * batch_size, cache.opened, closes, self.config.num_mem_tokens)
         tokens = RealTokens(batch_size, 0)
         source = torch.zeros(batch_size, 0, dtype=torch.long)
-        for _ in run_steps(self, source, tokens, [step], cache):
+        work = draft(cache, tokens)
+        for _ in run_steps(self, source, tokens, [step], work):
             pass
+        cache.become(work)
 
     def _cache_for(self, given, use_cache: bool | None, labels=None) -> ARMTCache | None:
         if given is not None:
@@ -381,7 +386,7 @@ class ARMTModel(ARMTPreTrainedModel):
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
-        tokens, _, run = self._read(
+        tokens, _, run, work = self._read(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -390,12 +395,14 @@ class ARMTModel(ARMTPreTrainedModel):
             output_hidden_states=bool(output_hidden_states),
             schedule=schedule,
         )
-        hidden, *hidden_states = self._read_columns(OutputColumns(tokens, 0, tokens.num_columns), run, cache)
+        hidden, *hidden_states = self._read_columns(OutputColumns(tokens, 0, tokens.num_columns), run, work)
         output = ARMTModelOutput(
             last_hidden_state=hidden,
             **{CACHE: cache},
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
         )
+        if cache is not None:
+            cache.become(work)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
@@ -479,7 +486,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         )
-        tokens, steps, run = self._read(
+        tokens, steps, run, work = self._read(
             input_ids,
             inputs_embeds,
             attention_mask,
@@ -502,7 +509,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
                 logits_to_keep = check_columns(logits_to_keep, tokens.num_columns)
             first, last = self._columns_to_keep(logits_to_keep, tokens.num_columns)
             kept = (0, tokens.num_columns) if output_hidden_states else (first, last)
-            hidden, *hidden_states = self._read_columns(OutputColumns(tokens, *kept), run, cache)
+            hidden, *hidden_states = self._read_columns(OutputColumns(tokens, *kept), run, work)
             hidden = hidden[:, first - kept[0] : last - kept[0]]
             if isinstance(logits_to_keep, torch.Tensor):
                 hidden = hidden[:, logits_to_keep.to(hidden.device) - first]
@@ -519,6 +526,8 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
             **{CACHE: cache},
             hidden_states=tuple(hidden_states) if output_hidden_states and hidden_states else None,
         )
+        if cache is not None:  # nothing can fail any more
+            cache.become(work)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     @torch.no_grad()
@@ -609,7 +618,7 @@ class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
                 if (len(steps) - number - 1) % window == 0:
                     yield loss
                     loss = zero
-            next(outputs, None)  # lets the schedule finish its work on the cache
+            next(outputs, None)  # lets the schedule finish its work
 
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if inputs_embeds is not None and inputs_embeds.requires_grad:

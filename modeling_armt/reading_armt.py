@@ -24,12 +24,26 @@ if TYPE_CHECKING:
 Outputs = tuple[torch.Tensor, ...]
 
 
+def draft(cache: ARMTCache, tokens: RealTokens) -> ARMTCache:
+    """
+    What a call reads into in the place of its cache, which takes it over ([`ARMTCache.become`]) when nothing can fail
+    any more: the loss and the logits of a text may be what there is no memory left for.
+    """
+    work = cache.fork()
+    work.columns = cache.columns
+    if work.batch_size == 1 < tokens.batch_size:  # one memory, many questions
+        work.batch_repeat_interleave(tokens.batch_size)
+    if cache.expendable:
+        cache.states = {}
+    return work
+
+
 def run_steps(
     model: "ARMTPreTrainedModel",
     source: torch.Tensor,
     tokens: RealTokens,
     steps: list[Step],
-    cache: ARMTCache | None = None,
+    work: ARMTCache | None = None,
     bptt_segments: int | None = None,
     output_hidden_states: bool = False,
     prepared: Prepared | None = None,
@@ -44,7 +58,7 @@ def run_steps(
         source: `(B, T)` token ids or `(B, T, D)` embeddings, on any device.
         tokens, steps: where its real tokens are, and how they are cut. Steps with `rows` go through the diagonal
             schedule, others through the sequential one.
-        cache: where the batch comes from. Advanced when the iterator is exhausted, untouched if it is not.
+        work: where the batch comes from, a [`draft`]. Advanced when the iterator is exhausted, of no use if it is not.
         bptt_segments: detach the memory every so many steps.
         output_hidden_states: yield the hidden states of all layers too.
         prepared: the diagonal schedule, if there are steps for it.
@@ -56,14 +70,10 @@ def run_steps(
         where they are left out.
     """
     states: dict[int, MemoryState | None] = dict.fromkeys(model.config.memory_layer_indices)
-    segments, work = [0] * tokens.batch_size, None
-    if cache is not None:
-        work = cache.fork()  # the caller's cache changes all at once, at the end
-        if work.batch_size == 1 < tokens.batch_size:  # one memory, many questions
-            work.batch_repeat_interleave(tokens.batch_size)
+    segments = [0] * tokens.batch_size
+    if work is not None:
         states |= work.states
-        if cache.expendable:
-            cache.states, work.states = {}, {}
+        work.states = {}  # so that none is held that is replaced
         segments = work.segments or segments
     statistics = None if work is None or model.training else work.statistics
     number = 0
@@ -112,11 +122,10 @@ def run_steps(
                 work.opened = work.opened or [0] * tokens.batch_size
                 work.last_hidden = _last_hidden(work.last_hidden, pipeline.last_hidden, tokens.batch_size)
             number += len(stretch)
-    if cache is not None:
+    if work is not None:
         work.states, work.segments = states, segments
         work.tokens = [a + b for a, b in zip(work.tokens or [0] * tokens.batch_size, tokens.counts, strict=True)]
-        work.columns = cache.columns + tokens.num_columns
-        cache.become(work)
+        work.columns += tokens.num_columns
 
 
 def _stretch(steps: list[Step], number: int, bptt_segments: int | None, grad_from: int) -> list[Step]:

@@ -368,6 +368,32 @@ def fail_in_the_second_segment(model: ARMTForCausalLM, ids: torch.Tensor, mask, 
         handle.remove()
 
 
+def fail_in_the_logits(model: ARMTForCausalLM, ids: torch.Tensor, mask, cache: ARMTCache):
+    handle = model.get_output_embeddings().register_forward_hook(lambda *_: no_room())
+    try:
+        with pytest.raises(MemoryError, match="no room"):
+            model(ids, attention_mask=mask, cache=cache)
+    finally:
+        handle.remove()
+
+
+def fail_in_the_loss(model: ARMTForCausalLM, ids: torch.Tensor, mask, cache: ARMTCache, **options):
+    model.loss_function = lambda *args, **kwargs: no_room()
+    with pytest.raises(MemoryError, match="no room"):
+        model(ids, attention_mask=mask, cache=cache, labels=ids, **options)
+    del model._loss_function  # where transformers keeps it
+
+
+def fail_in_the_last_segments_loss(model: ARMTForCausalLM, ids: torch.Tensor, mask, cache: ARMTCache):
+    labels = torch.full_like(ids, -100)
+    labels[:, -1] = ids[:, -1]
+    fail_in_the_loss(model, ids, mask, cache, return_logits=False)
+
+
+def no_room():
+    raise MemoryError("no room")
+
+
 def wrong_ids(model: ARMTForCausalLM, ids: torch.Tensor, mask, cache: ARMTCache):
     ids = ids.clone()
     ids[-1, -2] = VOCABULARY
@@ -380,7 +406,13 @@ def wrong_mask(model: ARMTForCausalLM, ids: torch.Tensor, mask, cache: ARMTCache
         model(ids, attention_mask=ids.new_ones(len(ids), 1), cache=cache)
 
 
-@pytest.mark.parametrize("failure", [fail_in_the_second_segment, wrong_ids, wrong_mask])
+FAILURES = (
+    *(fail_in_the_second_segment, fail_in_the_logits, fail_in_the_loss, fail_in_the_last_segments_loss),
+    *(wrong_ids, wrong_mask),
+)
+
+
+@pytest.mark.parametrize("failure", FAILURES)
 @pytest.mark.parametrize("rows", [2, 1], ids=["same rows", "one memory for all rows"])
 @torch.no_grad()
 def test_a_failing_call_leaves_the_cache_as_it_was(failure, rows: int):
