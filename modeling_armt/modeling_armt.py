@@ -7,9 +7,12 @@ how a batch is cut, `cache_armt.py` what is kept between calls.
 """
 
 import copy
+import copyreg
 from collections.abc import Callable, Iterator
 from functools import partial
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -53,7 +56,8 @@ class ARMTPreTrainedModel(PreTrainedModel):
     """
 
     config_class = ARMTConfig
-    base_model_prefix = "model"
+    # Of a property: the child `model` reads without memory.
+    base_model_prefix = "headless"
     supports_gradient_checkpointing = True
     # The backbone checks its own support when it is built.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
@@ -122,6 +126,12 @@ class ARMTPreTrainedModel(PreTrainedModel):
 
     def set_output_embeddings(self, value: nn.Module):
         self.model.set_output_embeddings(value)
+
+    def get_decoder(self) -> "ARMTModel":
+        return self.base_model
+
+    def set_decoder(self, decoder: nn.Module):
+        raise NotImplementedError("the decoder has hooks that belong to the memory; make a new model: from_backbone")
 
     @classmethod
     def from_backbone(cls, backbone: PreTrainedModel, **memory_options) -> "ARMTPreTrainedModel":
@@ -347,10 +357,6 @@ class ARMTPreTrainedModel(PreTrainedModel):
 class ARMTModel(ARMTPreTrainedModel):
     """The backbone with memory, without using its head: returns hidden states."""
 
-    @property
-    def base_model(self) -> "ARMTModel":
-        return self
-
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -406,19 +412,49 @@ class ARMTModel(ARMTPreTrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
 
+class _HeadlessView(ARMTModel):
+    """All that a causal language model has but for how it is called: a forward put in its place has the head."""
+
+    @property
+    def __class__(self):
+        return ARMTModel
+
+    @property
+    def forward(self):
+        return MethodType(ARMTModel.forward, self)
+
+    @property
+    def _compiled_call_impl(self):
+        return None
+
+    @_compiled_call_impl.setter
+    def _compiled_call_impl(self, value):
+        raise AttributeError("base_model shares all it has with the causal language model: compile that.")
+
+    def __reduce_ex__(self, protocol):
+        """A copy is an ARMTModel of its own."""
+        own = ("forward", "_compiled_call_impl")
+        state = {name: value for name, value in self.__dict__.items() if name not in own}
+        return copyreg.__newobj__, (ARMTModel,), state
+
+
+_views: WeakKeyDictionary["ARMTForCausalLM", _HeadlessView] = WeakKeyDictionary()
+
+
 class ARMTForCausalLM(ARMTPreTrainedModel, ARMTGenerationMixin):
     """A causal language model of constant memory: the backbone, its head, and an associative memory in its layers."""
 
     @property
-    def base_model(self) -> ARMTModel:
+    def headless(self) -> ARMTModel:
         """
-        This model without its head, on the same modules: for libraries that compute a loss from hidden states. (For
-        other models it is the child named by `base_model_prefix`, which here would read without memory.)
+        This model as an [`ARMTModel`]: not a copy, but the same object under the other class, so that whatever is done
+        to one is done to both. It is what `base_model`, `base_model_prefix` and `get_decoder` lead to.
         """
-        headless = copy.copy(self)
-        headless.__class__ = ARMTModel
-        headless.__dict__.pop("forward", None)  # such libraries replace it
-        return headless
+        view = _views.get(self)
+        if view is None or view.__dict__ is not self.__dict__:
+            view = _views[self] = _HeadlessView.__new__(_HeadlessView)
+            object.__setattr__(view, "__dict__", self.__dict__)
+        return view
 
     def forward(
         self,
