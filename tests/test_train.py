@@ -1,5 +1,6 @@
 """`armt train`: what a recipe makes of a model, how a run is resumed and shared, and how it fails."""
 
+import ast
 import json
 import os
 import re
@@ -312,6 +313,16 @@ class TestCurriculum:
         curriculum.number, curriculum.started = 1, 10
         assert curriculum.rate(10) == pytest.approx(0.5)
 
+    def test_the_warm_up_is_a_share_of_the_run_unless_it_has_steps(self, recipe):
+        stages = [{"pairs": 1, "max_steps": 20}, {"pairs": 2, "max_steps": 20}]
+        rates = [Curriculum(recipe(stages=stages, warmup_steps=n), exact=True).rate for n in (0.1, 4, 100)]
+        assert [rate(0) for rate in rates] == [0.25, 0.25, 0.01]
+        assert [rate(3) for rate in rates] == [1.0, 1.0, 0.04]
+
+    def test_no_run_ends_before_its_warm_up_by_default(self, symbols):
+        curriculum = Curriculum(make_recipe({"model": symbols, "task": "text"}), exact=False)
+        assert curriculum.rate(curriculum.max_steps // 10) == 1.0
+
 
 class TestRun:
     def test_full_training_writes_a_whole_checkpoint(self, recipe, tmp_path):
@@ -324,8 +335,26 @@ class TestRun:
         assert [step for step, _ in summary["loss"]] == [1, 2, 3, 4, 5, 6]
         assert summary["tokens"] > 6 * 4 * 8 and summary["seed"] == 0 and summary["command"] == "armt train ..."
         assert {"torch", "transformers", "peft"} <= set(summary["versions"])
+        assert 0.1 < summary["peak_gib"] < 100
         model = AutoModelForCausalLM.from_pretrained(out)
         assert isinstance(model, ARMTForCausalLM)
+
+    def test_says_what_is_trained_and_what_it_takes_from_the_first_step_on(self, recipe, capsys):
+        summary = train(recipe(logging_steps=5, method="memory"))
+        assert [step for step, _ in summary["loss"]] == [1, 5]
+        lines = capsys.readouterr().out.replace("\r", "\n").splitlines()
+        model, _ = load_checkpoint(recipe().model)
+        assert f"training {summary['trainable_parameters']:,} of {model.num_parameters():,} parameters" in lines
+        entries = [ast.literal_eval(line) for line in lines if line.startswith("{")]
+        assert [float(entry["loss"]) for entry in entries] == pytest.approx(
+            [loss for _, loss in summary["loss"]], 1e-3
+        )
+        assert all(0.1 < float(entry["peak_gib"]) <= summary["peak_gib"] + 0.01 for entry in entries)
+
+    def test_a_validation_has_a_bar_of_its_own(self, recipe, capsys):
+        train(recipe(validation_samples=12))  # batches of 4
+        bars = re.findall(r"(\d+)/(\d+) \[", capsys.readouterr().err)
+        assert {("3", "3"), ("6", "6")} <= set(bars)
 
     def test_learns(self, recipe):
         """Ever smaller loss on samples it has never seen."""

@@ -18,7 +18,7 @@ FIELDS = {
     "gradient_accumulation": (int, "N", "passes in which a batch is worked through (default 1)"),
     "lr": (float, "R", "learning rate of adapters or backbone (default 3e-4)"),
     "memory_lr": (float, "R", "learning rate of the memory (default 1e-3)"),
-    "warmup_steps": (int, "N", "steps over which the rates rise (default 100)"),
+    "warmup_steps": (float, "N", "steps over which the rates rise; below 1, a share of all steps (default 0.05)"),
     "bptt_segments": (int, "N", "gradients flow back through so many segments (default: all)"),
     "schedule": (str, "S", "sequential or diagonal (default: what is faster)"),
     "precision": (str, "P", "float32 (default), autocast or bfloat16"),

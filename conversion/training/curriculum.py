@@ -59,7 +59,8 @@ class Curriculum(TrainerCallback, ExportableState):
     def rate(self, step: int) -> float:
         """What learning rates are multiplied by in step `step` of the run, from 0."""
         recipe, stage = self.recipe, self.stage
-        warm = min(1.0, (step + 1) / max(1, recipe.warmup_steps))
+        warmup_steps = recipe.warmup_steps * (self.max_steps if recipe.warmup_steps < 1 else 1)
+        warm = min(1.0, (step + 1) / max(1, warmup_steps))
         done = min(1.0, max(0, step - self.started) / stage.max_steps)
         falling = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}[recipe.lr_schedule]
         return stage.lr_scale * warm * (1 - (1 - recipe.lr_end) * falling)

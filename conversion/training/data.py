@@ -163,8 +163,3 @@ class StageData:
         mine, size = samples[self.process :: self.processes], self.rows(number)
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
         return [collate([s["input_ids"] for s in part], [s["labels"] for s in part]) for part in parts]
-
-    def validation(self, number: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's share of the validation samples at the limit of stage `number`, in batches."""
-        for batch in self.validations[number]:
-            yield {name: tensor.to(device) for name, tensor in batch.items()}

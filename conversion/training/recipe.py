@@ -125,7 +125,8 @@ class Recipe:
         max_grad_norm: gradients are clipped to this norm; 0 for no clipping.
         lr_schedule: `constant`, or falling over a stage's `max_steps`, `linear` or `cosine`.
         lr_end: what it falls to, as a share.
-        warmup_steps: over which the learning rate rises at the start of the run.
+        warmup_steps: over which the learning rate rises at the start of the run; below 1, their share of the most
+            steps that all stages can take.
         batch_size: samples of an optimizer step, of all processes together.
         gradient_accumulation: passes in which a process works through its share of the batch.
         bptt_segments: gradients flow back through so many segments at most; None: through all.
@@ -160,7 +161,7 @@ class Recipe:
     max_grad_norm: float = 1.0
     lr_schedule: str = "constant"
     lr_end: float = 0.1
-    warmup_steps: int = 100
+    warmup_steps: float = 0.05
     batch_size: int = 64
     gradient_accumulation: int = 1
     bptt_segments: int | None = None

@@ -19,11 +19,12 @@ from ...modeling_armt import ARMTForCausalLM
 from ..adapters import MEMORY_MODULES, lora_config
 from ..checkpoints import armt_model, check_checkpoint, load_checkpoint
 from ..circumstances import versions
+from ..evaluation.subject import peak_gib
 from ..files import staged_folder
 from .checkpointing import last_checkpoint, partial_folder, remove_incomplete
 from .curriculum import Curriculum
 from .data import StageData
-from .recipe import Lora, Recipe
+from .recipe import Lora, Recipe, make_recipe, read_recipe
 from .trainer import CurriculumTrainer, training_arguments
 
 
@@ -116,7 +117,7 @@ def start_folder(folder: Path, recipe: Recipe, resume: bool) -> None:
     if not folder.exists():
         folder.mkdir(parents=True)
         file.write_text(recipe.to_yaml(), encoding="utf-8")
-    elif file.read_text(encoding="utf-8") != recipe.to_yaml():
+    elif make_recipe(read_recipe(file)) != recipe:
         raise ValueError(
             f"the unfinished run in {folder} has another recipe. Run --resume with {file}, or remove the folder."
         )
@@ -199,6 +200,7 @@ def summarize(recipe: Recipe, trainer: CurriculumTrainer, command: str | None) -
         "tokens": curriculum.tokens,
         "seconds": seconds,
         "tokens_per_s": curriculum.tokens / max(seconds, 1e-9),
+        "peak_gib": peak_gib(device),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "versions": versions(*PACKAGES),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU",

@@ -16,6 +16,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from ..adapters import parameter_groups
 from ..checkpoints import armt_model, load_checkpoint
+from ..evaluation.subject import peak_gib
 from .curriculum import Curriculum
 from .data import StageData
 from .distillation import Teacher, divergence
@@ -24,7 +25,13 @@ from .scoring import totals
 
 
 class Progress(ProgressCallback):
-    """The Trainer's bar and what it logs of training; validations and the end have lines of their own."""
+    """The Trainer's bars and what it logs of training; validations and the end have lines of their own."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+            self.training_bar.write(f"training {trained:,} of {model.num_parameters():,} parameters")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
@@ -138,6 +145,8 @@ class CurriculumTrainer(Trainer):
         return 0  # the stock estimate knows nothing of segments, and counts parameters in every step
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs = logs | {"peak_gib": peak_gib(self.args.device)}
         if "loss" in logs and self.divergences:
             mean = self.accelerator.reduce(torch.stack(self.divergences).mean(), "mean")
             logs, self.divergences = logs | {"divergence": mean.item()}, []
@@ -145,9 +154,16 @@ class CurriculumTrainer(Trainer):
 
     # Validation
 
+    def shown(self, batches: list[dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        """The batches, on the device, with a bar that follows them."""
+        self.callback_handler.eval_dataloader = batches
+        for batch in batches:
+            yield {name: tensor.to(self.args.device) for name, tensor in batch.items()}
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Scores the model on the validation samples of the current stage."""
-        batches = self.data.validation(self.curriculum.number, self.args.device)
+        batches = self.shown(self.data.validations[self.curriculum.number])
         self.model.eval()
         right, samples, loss, tokens = self.accelerator.reduce(totals(self.model, batches, self.data.exact)).tolist()
         loss /= tokens
@@ -179,6 +195,7 @@ def training_arguments(recipe: Recipe, curriculum: Curriculum, folder: Path) -> 
         bf16=recipe.precision != "float32",
         tf32=recipe.tf32 if cuda and torch.cuda.get_device_capability()[0] >= 8 else None,
         logging_steps=recipe.logging_steps,
+        logging_first_step=True,
         logging_nan_inf_filter=False,  # it waits for the device in every step
         save_steps=recipe.save_steps,
         save_total_limit=2,
