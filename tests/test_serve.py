@@ -6,15 +6,14 @@ answer is right if it is what the model generates after the whole conversation, 
 """
 
 import asyncio
+import copy
 import itertools
-import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,103 +21,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from serving import (
+    FACTS,
+    LONG,
+    SEGMENT_SIZE,
+    TEXT,
+    TOO_LONG,
+    Served,
+    assistant,
+    cached,
+    model_that_remembers,
+    openai,
+    read_afresh,
+    served,
+    user,
+    words_tokenizer,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_armt import ARMTCache, ARMTForCausalLM
 from modeling_armt.conversion.cli import main
 from modeling_armt.conversion.demo import BACKBONE
-
-
-pytest.importorskip("fastapi", reason="needs the extra: pip install 'modeling-armt[serve]'")
-openai = pytest.importorskip("openai", reason="needs the extra: pip install 'modeling-armt[serve]'")
-uvicorn = pytest.importorskip("uvicorn", reason="needs the extra: pip install 'modeling-armt[serve]'")
-
-from modeling_armt.conversion.serving.serve import listen  # noqa: E402 (needs the extra)
-from modeling_armt.conversion.serving.server import build_app  # noqa: E402
-from modeling_armt.conversion.serving.sessions import Session, Sessions, common_length  # noqa: E402
-
-
-SEGMENT_SIZE = 8
-TEMPLATE = "{% for message in messages %}[{{ message.role }}]{{ message.content }}\n{% endfor %}[assistant]"
-FACTS = {name: f"{name} has the {thing}. " for name, thing in {"Mary": "gold", "John": "letter"}.items()}
-TEXT = "It was a fine day, and nobody thought of the war. " * 6
-LONG = TEXT * 10  # more than 100 segments
-TOO_LONG = 100_000  # tokens of a reply that would take far longer than a test may
+from modeling_armt.conversion.serving.serve import listen
+from modeling_armt.conversion.serving.sessions import Session, Sessions, common_length
 
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
+    return words_tokenizer()
 
 
 @pytest.fixture(scope="module")
 def model(tokenizer) -> ARMTForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    backbone = LlamaForCausalLM(config).eval()
-    for parameter in backbone.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
-    model = ARMTForCausalLM.from_backbone(backbone, segment_size=SEGMENT_SIZE, num_mem_tokens=2, d_mem=16)
-    for memory in model.memory.values():
-        torch.nn.init.normal_(memory.memory_value.weight, std=0.1)
-    # Whole words only, which come back from a client as the tokens that they were.
-    words = [i for i in range(len(tokenizer)) if re.fullmatch(" [a-z]+", tokenizer.decode([i]))]
-    words = {i for i in words if tokenizer(tokenizer.decode([i]))["input_ids"] == [i]}
-    model.generation_config.suppress_tokens = sorted(set(range(len(tokenizer))) - words)
-    return model
-
-
-class Served:
-    """A server in a thread, and how to talk to it."""
-
-    def __init__(self, port: int):
-        self.url = f"http://127.0.0.1:{port}/v1"
-        self.port = port
-        self.client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=60)
-
-    def chat(self, messages: list[dict], stream: bool = False, tokens: int = 12, **options) -> tuple[str, object]:
-        """The reply and its usage."""
-        options = {"model": "tiny", "messages": messages, "max_tokens": tokens, "temperature": 0, **options}
-        if not stream:
-            answer = self.client.chat.completions.create(**options)
-            return answer.choices[0].message.content, answer.usage
-        text, usage = "", None
-        for chunk in self.client.chat.completions.create(**options, stream=True):
-            text += chunk.choices[0].delta.content or ""
-            usage = chunk.usage or usage
-        return text, usage
-
-    def still_answers(self) -> bool:
-        return bool(self.chat([user("Are you there?")], tokens=2)[0])
-
-
-@contextmanager
-def served(model, tokenizer, **limits) -> Iterator[Served]:
-    listener = listen("127.0.0.1", 0)
-    app = build_app(model, tokenizer, "tiny", **limits)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    served = Served(listener.getsockname()[1])
-    try:
-        yield served
-    finally:
-        served.client.close()
-        server.should_exit = True
-        thread.join(30)
-        listener.close()
-    assert not thread.is_alive()
+    return model_that_remembers(tokenizer)
 
 
 @pytest.fixture
@@ -127,30 +62,12 @@ def server(model, tokenizer) -> Iterator[Served]:
         yield server
 
 
-def user(text: str) -> dict:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict:
-    return {"role": "assistant", "content": text}
-
-
-def read_afresh(model, tokenizer, messages: list[dict], tokens: int = 12) -> str:
-    """What the model says to a conversation that it reads from its start."""
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-    return tokenizer.decode(model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :])
-
-
-def cached(usage) -> int:
-    return usage.prompt_tokens_details.cached_tokens
-
-
 class TestSessions:
     """What is kept of conversations, and what is found again."""
 
     @pytest.fixture
     def sessions(self, tokenizer) -> Sessions:
-        return Sessions(max_sessions=3, max_bytes=2**30, decode=tokenizer.decode)
+        return Sessions(max_sessions=3, max_bytes=2**30)
 
     @staticmethod
     def memory(size: int = 1) -> ARMTCache:
@@ -194,13 +111,24 @@ class TestSessions:
         assert sessions.find(torch.tensor([1, 2, 3, 4, 5, 6, 7])).branches == session.branches
         assert sessions.find(torch.tensor([1, 2, 9, 9])).branches == session.branches
 
-    def test_a_reply_in_other_tokens_is_the_same_reply(self, sessions, tokenizer):
+    def test_nobody_goes_on_with_what_is_anothers(self, sessions):
+        session = self.session([1, 2, 3, 4], reply=1)
+        session.owner = "Mary"
+        sessions.keep(session)
+        assert sessions.find(torch.tensor([1, 2, 3, 4, 5]), "Mary").length == 4
+        for owner in ("John", ""):
+            start = sessions.find(torch.tensor([1, 2, 3, 4, 5]), owner)
+            assert (start.length, start.shared, start.session) == (0, 0, None)
+
+    @pytest.mark.parametrize("by_text", [False, True])
+    def test_a_reply_in_other_tokens_is_the_same_reply_by_its_text_only(self, tokenizer, by_text):
+        sessions = Sessions(max_sessions=3, max_bytes=2**30, decode=tokenizer.decode if by_text else None)
         text = " nobody thought"
         whole = tokenizer(text, add_special_tokens=False)["input_ids"]
         letters = [token for letter in text for token in tokenizer(letter, add_special_tokens=False)["input_ids"]]
         assert tokenizer.decode(letters) == text and letters != whole
         sessions.keep(self.session([7, 8, 9, *letters], reply=len(letters)))
-        assert sessions.find(torch.tensor([7, 8, 9, *whole, 5])).length == 3 + len(whole)
+        assert sessions.find(torch.tensor([7, 8, 9, *whole, 5])).length == (3 + len(whole) if by_text else 2)
         assert sessions.find(torch.tensor([7, 8, 9, *whole[:-1], 5, 5, 5])).length == 2
 
     def test_keeps_a_conversation_once(self, sessions):
@@ -217,8 +145,8 @@ class TestSessions:
         found = [sessions.find(torch.tensor([number, 1, 2, 3, 4])).length for number in range(4)]
         assert found == [4, 0, 4, 4]
 
-    def test_bytes_are_bounded(self, tokenizer):
-        sessions = Sessions(max_sessions=100, max_bytes=5 * 2 * 4096, decode=tokenizer.decode)
+    def test_bytes_are_bounded(self):
+        sessions = Sessions(max_sessions=100, max_bytes=5 * 2 * 4096)
         for number in range(10):
             sessions.keep(self.session([number, 1, 2, 3], reply=1, size=1024))
         assert len(sessions) == 5 and sessions.num_bytes() == sessions.max_bytes
@@ -305,6 +233,24 @@ class TestAnswers:
         text = len(tokenizer("[user]" + TEXT)["input_ids"])
         assert [cached(usage) > text - 3 for usage in usages] == [False, False, True, True]
 
+    def test_a_reply_that_comes_back_in_other_tokens_is_read_again(self, model, tokenizer, monkeypatch):
+        """Replies here are single letters, which the tokenizer pairs. With `match="text"` they are not read."""
+        letters = {tokenizer.convert_tokens_to_ids(letter) for letter in "es"}
+        assert all(len(tokenizer(a + b, add_special_tokens=False)["input_ids"]) == 1 for a in "es" for b in "es")
+        config = copy.deepcopy(model.generation_config)
+        config.suppress_tokens = sorted(set(range(len(tokenizer))) - letters)
+        monkeypatch.setattr(model, "generation_config", config)
+        for match in ("tokens", "text"):
+            with served(model, tokenizer, match=match) as server:
+                for name in FACTS:
+                    messages = [user(FACTS[name] + TEXT)]
+                    reply, first = server.chat(messages)
+                    messages += [assistant(reply), user("Why?")]
+                    answer, usage = server.chat(messages)
+                    if match == "tokens":
+                        assert answer == read_afresh(model, tokenizer, messages)
+                    assert (cached(usage) > first.prompt_tokens) == (match == "text")
+
     def test_a_forgotten_session_is_read_afresh(self, model, tokenizer):
         with served(model, tokenizer, max_sessions=1) as server:
             messages = [user(TEXT)]
@@ -380,97 +326,6 @@ class TestClientsThatLeave:
         assert server.still_answers()
 
 
-class TestLimits:
-    def test_a_request_that_is_too_large(self, model, tokenizer):
-        with served(model, tokenizer, max_body=2**20) as server:
-            with pytest.raises(openai.APIStatusError, match=r"larger than 1,048,576 bytes") as error:
-                server.chat([user("a" * 2 * 2**20)])
-            assert error.value.status_code == 413
-            assert server.still_answers()
-
-    def test_a_full_server_says_so(self, model, tokenizer):
-        with served(model, tokenizer, max_requests=2) as server:
-            options = {"model": "tiny", "messages": [user("Hello!")], "max_tokens": TOO_LONG, "stream": True}
-            streams = [server.client.chat.completions.create(**options) for _ in range(2)]
-            with pytest.raises(openai.RateLimitError, match="the server is full: 2 requests") as error:
-                server.chat([user("And I?")])
-            assert error.value.response.headers["retry-after"] == "1"
-            for stream in streams:
-                stream.close()
-            # The official client tries again by itself.
-            patient = server.client.with_options(max_retries=5)
-            assert patient.chat.completions.create(model="tiny", messages=[user("Now?")], max_tokens=1).choices
-
-    @pytest.mark.parametrize("limit", ["max_sessions", "session_bytes", "max_requests", "max_body"])
-    def test_limits_must_be_positive(self, model, tokenizer, limit):
-        with pytest.raises(ValueError, match=f"{limit} is 0; it must be at least 1"):
-            build_app(model, tokenizer, "tiny", **{limit: 0})
-
-
-class TestBadRequests:
-    BAD = {
-        "no messages": ({"messages": []}, "messages must be a list of at least one message"),
-        "no role": ({"messages": [{"content": "Hello"}]}, r"messages\[0\] must be an object with a role"),
-        "a picture": (
-            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
-            r"the content of messages\[0\] must be text or a list of text parts",
-        ),
-        "another model": ({"model": "gpt-9"}, "pinned to 'tiny'; requested 'gpt-9'"),
-        "a wrong number": ({"temperature": "hot"}, "could not convert string to float: 'hot'"),
-        "a number out of range": ({"frequency_penalty": -1.0}, "strictly positive float"),
-        "a field of its own": ({"extra_body": {"colour": "red"}}, "Unexpected fields in the request.*colour"),
-    }
-
-    @pytest.mark.parametrize("case", BAD)
-    def test_chat(self, server, case):
-        options, message = self.BAD[case]
-        options = {"model": "tiny", "messages": [user("Hello!")], "max_tokens": 2, **options}
-        with pytest.raises(openai.APIStatusError, match=message) as error:
-            server.client.chat.completions.create(**options)
-        assert 400 <= error.value.status_code < 500
-        assert server.still_answers()
-
-    def test_an_empty_prompt(self, server):
-        with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
-            server.client.completions.create(model="tiny", prompt="")
-
-    def test_no_chat_template(self, model):
-        with served(model, AutoTokenizer.from_pretrained(BACKBONE)) as server:
-            with pytest.raises(openai.BadRequestError, match="no chat template. Send the text itself"):
-                server.chat([user("Hello!")])
-            assert server.client.completions.create(model="tiny", prompt="Hello!", max_tokens=2).choices[0].text
-
-    def test_a_template_that_refuses_a_conversation(self, model, tokenizer):
-        strict = AutoTokenizer.from_pretrained(BACKBONE)
-        strict.chat_template = "{{ raise_exception('roles must \"alternate\"') }}"
-        with (
-            served(model, strict) as server,
-            pytest.raises(openai.BadRequestError, match="roles must .*alternate"),
-        ):
-            server.chat([user("Hello!")], stream=True)
-
-    def test_an_error_within_a_stream(self, server):
-        with pytest.raises(openai.APIError, match="strictly positive float"):
-            server.chat([user("Hello!")], stream=True, frequency_penalty=-1.0)
-        assert server.still_answers()
-
-    @pytest.mark.parametrize("body", [b"", b"{", b"[1, 2]", b"null"])
-    def test_no_json_object(self, server, body):
-        with socket.create_connection(("127.0.0.1", server.port)) as connection:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
-            connection.sendall(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-            answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
-        assert answer.startswith("HTTP/1.1 400")
-        assert json.loads(answer.partition("\r\n\r\n")[2])["error"]["message"]
-        assert server.still_answers()
-
-    def test_other_routes_of_the_stock_server_are_closed(self, server):
-        """They would load other models, or unload this one."""
-        for route in ("/load_model", "/reset", "/v1/responses"):
-            with pytest.raises(openai.NotFoundError):
-                server.client.post(f"http://127.0.0.1:{server.port}{route}", body={"model": "other"}, cast_to=object)
-
-
 class TestCommand:
     @pytest.fixture(scope="class")
     @classmethod
@@ -481,8 +336,10 @@ class TestCommand:
         return folder
 
     def test_serves_until_interrupted(self, checkpoint):
-        with armt_serve(checkpoint) as (server, process):
-            assert server.still_answers()
+        with armt_serve(checkpoint, "--api-key", "Mary's", "--api-key", "John's") as (server, process):
+            with pytest.raises(openai.AuthenticationError):
+                server.still_answers()
+            assert all(Served(server.port, key).still_answers() for key in ("Mary's", "John's"))
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 130
             assert "Traceback" not in process.stderr.read()
@@ -504,9 +361,9 @@ class TestCommand:
 
 
 @contextmanager
-def armt_serve(checkpoint: Path) -> Iterator[tuple[Served, subprocess.Popen]]:
+def armt_serve(checkpoint: Path, *options: str) -> Iterator[tuple[Served, subprocess.Popen]]:
     """The command in a process of its own."""
-    command = [sys.executable, "-m", "modeling_armt.conversion", "serve", str(checkpoint), "--port", "0"]
+    command = [sys.executable, "-m", "modeling_armt.conversion", "serve", str(checkpoint), "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         lines = iter(process.stderr.readline, "")

@@ -15,6 +15,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--session-memory", type=float, default=4, metavar="GIB", help="what these memories may take (default 4)"
     )
     parser.add_argument("--max-requests", type=int, default=64, help="requests being answered or waiting (default 64)")
+    parser.add_argument(
+        "--api-key",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="answer clients that have it; may be given several times. Conversations are kept apart by key: without "
+        "any, all clients count as one, and each can tell what another has sent",
+    )
+    parser.add_argument(
+        "--match",
+        choices=("tokens", "text"),
+        default="tokens",
+        help="what must come back for a memory to be used: its tokens (default), or a reply's text, whose tokens may "
+        "be others than the memory's, so that answers may differ from a conversation read afresh",
+    )
     parser.add_argument("--max-body", type=float, default=32, metavar="MIB", help="size of a request (default 32)")
 
 
@@ -33,4 +48,6 @@ def run(args: argparse.Namespace) -> None:
         session_bytes=int(args.session_memory * 2**30),
         max_requests=args.max_requests,
         max_body=int(args.max_body * 2**20),
+        api_keys=args.api_key,
+        match=args.match,
     )

@@ -1,6 +1,8 @@
 """A model whose `generate` goes on from what earlier calls have read."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,11 +22,15 @@ class Turn:
     One request.
 
     Attributes:
+        owner: who asks; conversations are kept apart by it.
+        seed: of what is sampled; None for whatever comes.
         cached_tokens: ids of the prompt that an earlier turn had read.
         cancelled: set when its client is gone.
     """
 
-    def __init__(self):
+    def __init__(self, owner: str = ""):
+        self.owner = owner
+        self.seed: int | None = None
         self.cached_tokens = 0
         self.cancelled = threading.Event()
 
@@ -43,6 +49,17 @@ class ClientGone(StoppingCriteria):
         return torch.full((len(input_ids),), self.turn.cancelled.is_set(), device=input_ids.device)
 
 
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Within it torch's generators start at `seed`, if there is one; afterwards they go on as if nothing had been."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([] if device.type == "cpu" else [device], device_type=device.type):
+        torch.manual_seed(seed)
+        yield
+
+
 class RememberingModel:
     """
     What the server of transformers takes for the model: `generate` gets a whole conversation, and reads what is new.
@@ -57,6 +74,7 @@ class RememberingModel:
     def __init__(self, model: ARMTForCausalLM, sessions: Sessions):
         self.model, self.sessions = model, sessions
         self.device, self.generation_config, self.name_or_path = model.device, model.generation_config, "armt"
+        self.vocabulary = model.get_output_embeddings().weight.shape[0]
         # The server finds the parser for tool calls by the family, which is the backbone's.
         self.config = model.config.text_config
         # A moment's work, so that a client who leaves is noticed.
@@ -75,7 +93,7 @@ class RememberingModel:
         """
         Args:
             input_ids: `(1, T)`, the whole conversation.
-            turn: told how many ids had been read before; may cancel the call.
+            turn: whose request it is; told how many ids had been read before, and may cancel the call.
             generation_config, tokenizer, streamer: as for `generate` of any model.
             kwargs: what else a tokenizer returns; a single text needs no mask.
 
@@ -84,13 +102,11 @@ class RememberingModel:
 
         Raises:
             Cancelled: if the client is gone. Nothing of the reply is remembered.
-            ValueError: for an empty prompt, or options that `generate` refuses.
+            ValueError: for options that `generate` refuses.
         """
         turn.check()
-        if input_ids.shape[1] == 0:
-            raise ValueError("the prompt is empty: there is nothing to go on from.")
         prompt, last = input_ids[0].cpu(), input_ids.shape[1] - 1
-        start = self.sessions.find(prompt)
+        start = self.sessions.find(prompt, turn.owner)
         turn.cached_tokens = start.length
         memories = {start.length: start.cache} if start.length else {}
         cache, read = start.cache.fork(), start.length
@@ -100,25 +116,27 @@ class RememberingModel:
         if last > read:
             read = self._read(prompt, read, last, cache, turn)
         memories[read] = cache
-        session = Session(prompt[:last], last, memories, start.branches)
+        session = Session(prompt[:last], last, memories, start.branches, turn.owner)
         self.sessions.keep(session, instead_of=start.session)
 
         reply = cache.fork()
-        sequences = self.model.generate(
-            input_ids[:, last:],
-            cache=reply,
-            generation_config=generation_config,
-            tokenizer=tokenizer,
-            streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([ClientGone(turn)]),
-        )
+        with seeded(turn.seed, self.device):
+            sequences = self.model.generate(
+                input_ids[:, last:],
+                cache=reply,
+                generation_config=generation_config,
+                tokenizer=tokenizer,
+                streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([ClientGone(turn)]),
+            )
         turn.check()
         if reply.batch_size == 1:  # beams leave the memories of several replies
             if int(sequences[0, -1]) not in tokenizer.all_special_ids:  # an end comes back as the template has it
                 self.model.read(sequences[:, -1:], reply)
             read += sum(reply.tokens) - sum(cache.tokens)
             ids = torch.cat([prompt[:last], sequences[0, : read - last].cpu()])
-            self.sessions.keep(Session(ids, last + 1, {**memories, read: reply}, start.branches), instead_of=session)
+            whole = Session(ids, last + 1, {**memories, read: reply}, start.branches, turn.owner)
+            self.sessions.keep(whole, instead_of=session)
         return torch.cat([input_ids[:, :last], sequences[:1]], dim=1)
 
     def _read(self, prompt: torch.Tensor, start: int, end: int, cache: ARMTCache, turn: Turn) -> int:

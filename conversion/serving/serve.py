@@ -2,6 +2,7 @@
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from rich.console import Console
@@ -10,7 +11,7 @@ from ..checkpoints import armt_model, load_checkpoint
 from .server import build_app
 
 
-def serve(checkpoint: str | Path, host: str = "localhost", port: int = 8000, **limits: int) -> None:
+def serve(checkpoint: str | Path, host: str = "localhost", port: int = 8000, **options: Any) -> None:
     """
     Answers requests until it is interrupted.
 
@@ -18,10 +19,10 @@ def serve(checkpoint: str | Path, host: str = "localhost", port: int = 8000, **l
         checkpoint: folder or Hub id of an ARMT checkpoint, or of an adapter on one. The name that clients ask for is
             its last part.
         host, port: where to listen; port 0 takes a free one.
-        limits: those of [`build_app`].
+        options: those of [`build_app`].
 
     Raises:
-        ValueError: for what is no ARMT checkpoint, or has no tokenizer.
+        ValueError: for what is no ARMT checkpoint, or has no tokenizer, and as [`build_app`].
         OSError: if something else listens there.
     """
     listener = listen(host, port)
@@ -30,9 +31,12 @@ def serve(checkpoint: str | Path, host: str = "localhost", port: int = 8000, **l
         if tokenizer is None:
             raise ValueError(f"{checkpoint} has no tokenizer, without which it cannot read what clients send.")
         name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else str(checkpoint)
-        app = build_app(armt_model(model), tokenizer, name, **limits)
+        app = build_app(armt_model(model), tokenizer, name, **options)
         port = listener.getsockname()[1]
-        Console(stderr=True).print(f"Serving [bold]{name}[/] at http://{host}:{port}/v1", highlight=False)
+        console = Console(stderr=True)
+        console.print(f"Serving [bold]{name}[/] at http://{host}:{port}/v1", highlight=False)
+        if not options.get("api_keys"):
+            console.print("Without --api-key all clients are one: each can tell what another has sent.", style="dim")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[listener])
 

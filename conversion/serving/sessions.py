@@ -20,12 +20,14 @@ class Session:
         memories: what was left behind, by the number of ids that had been read. A memory cannot go back, so there is
             one where the last turn began, one before its reply and one after.
         branches: the same of places where other conversations went another way, which last as long as this one.
+        owner: the client whose conversation it is; nobody else's goes on from it.
     """
 
     ids: torch.Tensor
     prompt_length: int
     memories: dict[int, ARMTCache]
     branches: dict[int, ARMTCache]
+    owner: str = ""
 
 
 @dataclass
@@ -56,28 +58,30 @@ class Sessions:
     Args:
         max_sessions: conversations to keep.
         max_bytes: bytes that their memories may take together.
-        decode: turns ids into text.
+        decode: turns ids into text. If given, a reply may come back in other ids, as long as they say the same: the
+            memory is then that of the ids which were generated, and what follows may differ from a text read afresh.
     """
 
-    def __init__(self, max_sessions: int, max_bytes: int, decode: Callable[[list[int]], str]):
+    def __init__(self, max_sessions: int, max_bytes: int, decode: Callable[[list[int]], str] | None = None):
         self.max_sessions, self.max_bytes, self.decode = max_sessions, max_bytes, decode
         self._sessions: list[Session] = []  # by last use
 
     def __len__(self) -> int:
         return len(self._sessions)
 
-    def find(self, prompt: torch.Tensor) -> Start:
+    def find(self, prompt: torch.Tensor, owner: str = "") -> Start:
         """
-        The memory that spares most of a `(T,)` prompt. The prompt's last id is always read: that says what comes next.
+        The memory of this owner that spares most of a `(T,)` prompt. The prompt's last id is always read: that says
+        what comes next.
         """
         start, used, most_shared = Start(), None, 0
-        for session in self._sessions:
+        for session in [session for session in self._sessions if session.owner == owner]:
             end = len(session.ids)
             shared = common_length(session.ids, prompt)
             most_shared = max(most_shared, min(shared, len(prompt) - 1))
             memories = session.branches | session.memories
             spared = {length: length for length in memories if length <= shared}
-            if end in memories and session.prompt_length <= shared < end:
+            if self.decode and end in memories and session.prompt_length <= shared < end:
                 spared[end] = self._retold(session, prompt)
             for length, ids in spared.items():
                 if start.length < ids < len(prompt):
