@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from ..attachment_armt import attach_positions
 from ..cache_armt import ARMTCache
 from ..configuration_armt import VARIANTS, ARMTConfig
 from ..memory_armt import MemoryNorm, rms_norm
@@ -34,6 +35,7 @@ def convert(
     dtype: str = "auto",
     correction: bool = True,
     memory_norm: bool = False,
+    spread_memory_tokens: bool = False,
     seed: int = 0,
 ) -> ARMTForCausalLM:
     """
@@ -42,8 +44,8 @@ def convert(
     Args:
         backbone: folder or Hub id of a causal language model of transformers.
         out: folder to write; must not exist, or be empty.
-        segment_size, num_mem_tokens, d_mem, memory_layers, correction, memory_norm: see [`ARMTConfig`]. The norms are
-            set by [`calibrate`].
+        segment_size, num_mem_tokens, d_mem, memory_layers, correction, memory_norm, spread_memory_tokens: see
+            [`ARMTConfig`]. The norms are set by [`calibrate`].
         variant: `v2`, the authors' current model, or `paper`, the formula of the paper.
         dtype: of the backbone's weights; `auto` keeps the checkpoint's. Memories are float32.
         seed: of the fresh memories.
@@ -63,6 +65,7 @@ def convert(
         source = load_backbone(backbone, dtype)
         options = {"segment_size": segment_size, "num_mem_tokens": num_mem_tokens, "d_mem": d_mem}
         options |= {"memory_layers": memory_layers, "correction": correction, "memory_norm": memory_norm}
+        options |= {"spread_memory_tokens": spread_memory_tokens}
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             model = attach_checked(source, **options, **VARIANTS[variant])
@@ -216,6 +219,12 @@ def check_conversion(model: ARMTForCausalLM, ids: torch.Tensor, native: torch.Te
             raise ConversionError("what is written to memory changes the segment that wrote it.")
         if torch.equal(fresh[:, segment:], moved[:, segment:]):
             raise ConversionError("what is written to memory does not reach the next segment.")
+        if model.config.spread_memory_tokens:
+            attach_positions(model.decoder, None)
+            behind = model(ids, use_cache=False).logits
+            attach_positions(model.decoder, model.config.num_mem_tokens)
+            if torch.equal(behind, moved):
+                raise ConversionError("it does not turn by position, so that memory tokens cannot be spread.")
         _check_cached(model, ids, moved)
     finally:
         model.config.segment_size = segment_size

@@ -5,6 +5,9 @@ The backbone stays as it is: same class, same parameter names, same forward. The
 their layer. What they work on, a [`SegmentPass`], lives in a ContextVar for the time of one pass of one segment: two
 threads never meet, a copied model has no ties to the original, and without a pass the hooks do nothing. (A keyword
 argument would do too, if all decoders handed theirs on to their layers: gpt_neo, gptj, falcon, mpt and bloom do not.)
+
+With `spread_memory_tokens` another hook turns memory tokens to other positions than they stand at, in the rotary
+embedding alone: masks go by where tokens stand.
 """
 
 import functools
@@ -21,6 +24,7 @@ from .statistics_armt import LayerStatistics, read_extremes
 
 
 _current_pass: ContextVar["SegmentPass | None"] = ContextVar("armt_segment_pass", default=None)
+_segment_ends: ContextVar[torch.Tensor | int | None] = ContextVar("armt_segment_ends", default=None)
 
 
 @dataclass
@@ -33,6 +37,8 @@ class SegmentPass:
         states: the state of each layer before the pass, None where nothing was written yet; afterwards the new states.
         num_mem_tokens: m.
         write_at: `(B,)` column of each row's first memory token, or an int for all rows; None if no row writes.
+        ends: `(B, 1)` position of each row's first memory token in its segment, or an int for all rows; None if no
+            row writes.
         writing_rows: `(B,)` bool, the rows that write; None means all.
         unwritten_rows: `(B,)` bool, the rows that have never written; None means none of those with a state.
         filler: `(B, P)` bool, positions that hold neither a real nor a memory token; None means none.
@@ -43,6 +49,7 @@ class SegmentPass:
     states: dict[int, MemoryState | None]
     num_mem_tokens: int
     write_at: torch.Tensor | int | None = None
+    ends: torch.Tensor | int | None = None
     writing_rows: torch.Tensor | None = None
     unwritten_rows: torch.Tensor | None = None
     filler: torch.Tensor | None = None
@@ -97,7 +104,8 @@ class SegmentPass:
         """Lets the hooks see this pass. Raises RuntimeError if a layer ran without its memory."""
         token = _current_pass.set(self)
         try:
-            yield self
+            with segments_of(self.ends):
+                yield self
         finally:
             _current_pass.reset(token)
         expected = [(kind, layer) for layer in sorted(self.states) for kind in ("read", "write")]
@@ -124,6 +132,56 @@ def _write_after(layer: int, module: nn.Module, args: tuple, output) -> None:
 
 
 MEMORY_HOOKS = (_read_before, _write_after)
+
+
+@contextmanager
+def segments_of(ends: torch.Tensor | int | None):
+    """Tells the rotary embedding how long the segments are that end in a pass, as [`SegmentPass`] has it."""
+    token = _segment_ends.set(ends)
+    try:
+        yield
+    finally:
+        _segment_ends.reset(token)
+
+
+def spread_positions(positions: torch.Tensor, ends: torch.Tensor | int, num_mem_tokens: int) -> torch.Tensor:
+    """
+    Positions `(B, P)` in a segment, where those of memory tokens are spread over it: number j of m gets the position
+    after the (j + 1)-th m-th of the segment. There a pretrained backbone looks at what stands before, each memory
+    token at another part; behind the segment all of them look at its last sentence.
+    """
+    behind = positions - ends
+    shares = torch.minimum((behind + 1) * ends // num_mem_tokens, positions)
+    return torch.where(behind >= 0, shares, positions)
+
+
+def _spread_before(num_mem_tokens: int, module: nn.Module, args: tuple, kwargs: dict):
+    ends = _segment_ends.get()
+    if ends is None:
+        return None
+    if len(args) > 1:
+        return (args[0], spread_positions(args[1], ends, num_mem_tokens), *args[2:]), kwargs
+    return args, {**kwargs, "position_ids": spread_positions(kwargs["position_ids"], ends, num_mem_tokens)}
+
+
+def attach_positions(decoder: nn.Module, num_mem_tokens: int | None) -> None:
+    """
+    Puts the hook on the rotary embedding of `decoder`, or only takes away that of an earlier call.
+
+    Raises:
+        ValueError: if the decoder has no rotary embedding.
+    """
+    rotary = getattr(decoder, "rotary_emb", None)
+    hooks = {} if rotary is None else rotary._forward_pre_hooks
+    for handle in [key for key, hook in hooks.items() if getattr(hook, "func", None) is _spread_before]:
+        del hooks[handle]
+    if num_mem_tokens is None:
+        return
+    if rotary is None:
+        raise ValueError(
+            f"spread_memory_tokens turns rotary positions, and {type(decoder).__name__} has none. Leave it out."
+        )
+    rotary.register_forward_pre_hook(functools.partial(_spread_before, num_mem_tokens), with_kwargs=True)
 
 
 def find_decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:

@@ -10,7 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 ARMT_VERSION = 2
 """
 Newest version of the checkpoint format. A checkpoint with a larger number needs a newer package. 2 is written for
-models with `memory_norm` alone, whose norms code for version 1 would leave out.
+models with `memory_norm` or `spread_memory_tokens` alone, which code for version 1 would overlook.
 """
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,6 +48,8 @@ class ARMTConfig(PreTrainedConfig):
             elsewhere. Published models were trained without.
         memory_norm (`bool`): RMS-normalise what the memory's projections get, with a weight and a bias for reads and
             for writes. Published models were trained without.
+        spread_memory_tokens (`bool`): give memory tokens rotary positions all over their segment instead of behind it,
+            so that each looks at another part of it. Published models were trained without.
         memory_layers (`list[int]`, *optional*): backbone layers that have a memory; None means all.
         armt_version (`int`): version of the checkpoint format; written by the package, not set by hand.
         code_version (`str`, *optional*): digest of the code that the checkpoint was saved with; written likewise.
@@ -85,6 +87,7 @@ class ARMTConfig(PreTrainedConfig):
     use_denom: bool = True
     write_guard: bool = True
     memory_norm: bool = False
+    spread_memory_tokens: bool = False
     memory_layers: list[int] | None = None
     armt_version: int = 1
     code_version: str | None = None
@@ -105,7 +108,7 @@ class ARMTConfig(PreTrainedConfig):
                 "an ARMT checkpoint run: armt convert BACKBONE --out DIR"
             )
         self.validate_memory()
-        if self.memory_norm:
+        if self.memory_norm or self.spread_memory_tokens:
             self.armt_version = ARMT_VERSION
         # What a file holds beside these was set by other tools, or by a later version that this code can do without.
         unknown = [] if self.transformers_version else kwargs.keys() - _STOCK_ARGUMENTS
@@ -153,7 +156,8 @@ class ARMTConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {value!r}; it must be a number from 0 to below 1, such as 1e-5.")
         if self.use_denom and self.denom_eps == 0:
             raise ValueError("denom_eps is 0, so an empty memory would divide by zero; use 1e-5, or use_denom=False.")
-        for name in ("normalize_features", "correction", "use_denom", "write_guard", "memory_norm"):
+        switches = ("normalize_features", "correction", "use_denom", "write_guard", "memory_norm")
+        for name in (*switches, "spread_memory_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False.")
         if not isinstance(self.armt_version, int) or self.armt_version < 1:

@@ -6,6 +6,7 @@ whose segment is full through (read, layer, write) and drops the segment. Both w
 they can be compiled, and captured as CUDA graphs. The layers are the backbone's own, run by its own forward.
 """
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .attachment_armt import attach_memories, find_decoder_layers
+from .attachment_armt import attach_memories, attach_positions, find_decoder_layers, spread_positions
 from .cache_armt import ARMTCache
 from .compatibility_armt import CACHE
 from .head_armt import run_head
@@ -97,7 +98,12 @@ class DecodeStep:
                 else _StaticLayer(layer, None, None)
                 for index, layer in enumerate(layers)
             ]
-            return with_layers(model.decoder, num_layers, around)
+            bare = with_layers(model.decoder, num_layers, around)
+            if config.spread_memory_tokens:  # positions are passed
+                rotary = bare.rotary_emb = copy.copy(bare.rotary_emb)
+                rotary._forward_pre_hooks = rotary._forward_pre_hooks.copy()
+                attach_positions(bare, None)
+            return bare
 
         self.reader = decoder(self._read, None)
         self.writer = decoder(self._read_rows, self._write_rows)
@@ -241,6 +247,7 @@ class DecodeStep:
         place: torch.Tensor,
         real: torch.Tensor | None,
         keys: StaticKeys,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         masks = slot_masks(place, real, self.num_slots, self.dtype, self.spans)
         return (
@@ -249,7 +256,7 @@ class DecodeStep:
                 decoder,
                 inputs_embeds=embeddings,
                 attention_mask=masks if self.masks == "by kind" else masks[self.masks],
-                position_ids=place,
+                position_ids=place if positions is None else positions,
                 **{CACHE: keys},
                 use_cache=True,
                 return_dict=True,
@@ -299,7 +306,10 @@ class DecodeStep:
         keys = StaticKeys(self.keys, self.values, rows, place, all_rows=False)
         embeddings = self.memory_tokens(number).to(self.dtype).repeat(len(rows), 1, 1)
         self._flushed = rows
-        self._decode(self.writer, embeddings, place, None, keys)
+        positions = place
+        if self.config.spread_memory_tokens:
+            positions = spread_positions(place, self.segment_size, self.num_mem_tokens)
+        self._decode(self.writer, embeddings, place, None, keys, positions)
         self.written.index_fill_(0, rows, True)
         self.position.index_fill_(0, rows, 0)
 

@@ -84,8 +84,9 @@ def model_identity(model: nn.Module) -> str:
     numbers = {name: value for name, value in backbone.to_dict().items() if type(value) is float}
     numbers = {name: value for name, value in numbers.items() if not any(part in name for part in _TRAINING_ONLY)}
     fields = {"backbone": backbone.model_type, **numbers, **model.config.memory_fields}
-    if not fields["memory_norm"]:  # models before it had no such field
-        del fields["memory_norm"]
+    for later in ("memory_norm", "spread_memory_tokens"):  # models before them had no such fields
+        if not fields[later]:
+            del fields[later]
     traces = _traces(model)
     if traces is not None and _identities.get(model, (None, ""))[0] == (fields, traces):
         return _identities[model][1]

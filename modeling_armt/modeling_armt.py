@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .attachment_armt import attach_memories, causal_table_size, find_decoder, find_decoder_layers
+from .attachment_armt import attach_memories, attach_positions, causal_table_size, find_decoder, find_decoder_layers
 from .cache_armt import ARMTCache
 from .compatibility_armt import CACHE, ARMTCausalLMOutput, ARMTModelOutput, one_cache
 from .compilation_armt import FastPaths
@@ -102,6 +102,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
         self.max_columns = causal_table_size(self.decoder)
         check_position_table(self)
         attach_memories(self.decoder, num_layers, self.config.memory_layer_indices)
+        attach_positions(self.decoder, self.config.num_mem_tokens if self.config.spread_memory_tokens else None)
 
     @property
     def decoder(self) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from .attachment_armt import find_decoder_layers
+from .attachment_armt import find_decoder_layers, segments_of
 
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def native_pass(
     model: "ARMTPreTrainedModel", embeds: torch.Tensor, answers: Sequence[Callable] | None = None
 ) -> tuple[list[NativeCall], torch.Tensor]:
     """
-    Runs the decoder's own forward on `(B, P, D)` embeddings, without memories.
+    Runs the decoder's own forward on `(B, P, D)` embeddings of whole segments, without memories.
 
     Args:
         answers: what each layer is replaced by; None runs the layers, without dropout.
@@ -108,7 +108,8 @@ def native_pass(
     else:
         recorders = [_Recorder(layer, calls, answer) for layer, answer in zip(layers, answers, strict=True)]
     decoder = with_layers(model.decoder, num_layers, recorders)
-    output = type(decoder).forward(decoder, inputs_embeds=embeds, use_cache=False, return_dict=True)
+    with segments_of(model.config.segment_size):
+        output = type(decoder).forward(decoder, inputs_embeds=embeds, use_cache=False, return_dict=True)
     if len(calls) != num_layers:
         raise RuntimeError("its decoder does not run every layer exactly once")
     return calls, output.last_hidden_state

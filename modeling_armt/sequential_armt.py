@@ -117,6 +117,8 @@ def _segment_pass(
     segment = SegmentPass(model.memory, dict(states), step.num_mem_tokens)
     if any(step.closes):
         starts = {taken for taken, closes in zip(step.taken, step.closes, strict=True) if closes}
+        ends = [opened + taken for opened, taken in zip(step.opened, step.taken, strict=True)]
+        segment.ends = ends[0] if len(set(ends)) == 1 else on_device(ends, device)[:, None]
         # Rows that do not write need some column too, any within the input.
         columns = [min(taken, width - step.num_mem_tokens) for taken in step.taken]
         segment.write_at = starts.pop() if len(starts) == 1 else on_device(columns, device)

@@ -23,6 +23,7 @@ OTHER_THAN_DEFAULT = {
     "use_denom": False,
     "write_guard": False,
     "memory_norm": True,
+    "spread_memory_tokens": True,
     "memory_layers": [0, 2],
 }
 
@@ -43,6 +44,7 @@ BAD_VALUES = {
     "correction": [1, "yes", None],
     "use_denom": [1, "yes", None],
     "memory_norm": [1, "yes", None],
+    "spread_memory_tokens": [1, "yes", None],
     "memory_layers": [[], [3], [-1], [0, 0], [0.0], [True], "01", 1],
     "armt_version": [0, "1", None, ARMT_VERSION + 1],
     "text_config": [None, {}, {"model_type": "abacus"}, "llama", 3],

@@ -335,6 +335,42 @@ class TestFromBackbone:
         model = ARMTForCausalLM.from_backbone(tiny_llama().train(training))
         assert all(module.training is training for module in model.modules())
 
+    @torch.no_grad()
+    def test_spread_memory_tokens_have_positions_all_over_their_segment(self):
+        backbone, length, count = tiny_llama(), 12, 4
+        ids = torch.randint(61, (2, length + 1))
+        options = {"segment_size": length, "num_mem_tokens": count, "d_mem": 4, "memory_layers": [1]}
+        model = ARMTForCausalLM.from_backbone(backbone, spread_memory_tokens=True, **options)
+        nn.init.normal_(model.memory["1"].memory_value.weight, std=0.05)
+        written = model(ids).cache.states[1]
+        embeds = torch.cat(
+            [backbone.model.embed_tokens(ids[:, :length]), model.memory_tokens.weight.expand(2, -1, -1)], 1
+        )
+        causal = torch.full((length + count, length + count), -torch.inf).triu(1)[None, None].expand(2, -1, -1, -1)
+        positions = torch.tensor([[*range(length), 3, 6, 9, 12]])
+        hidden = backbone.model(
+            inputs_embeds=embeds, attention_mask=causal, position_ids=positions, output_hidden_states=True
+        ).hidden_states
+        empty = model.memory["1"].zero_state(2, "cpu")
+        expected, _ = model.memory["1"].write(hidden[2][:, length:], empty, first=torch.tensor([True, True]))
+        assert_close(written.A, expected.A, rtol=1e-5, atol=1e-5)
+        assert_close(written.z, expected.z, rtol=1e-5, atol=1e-5)
+
+    @torch.no_grad()
+    def test_spread_memory_tokens_leave_the_backbone_by_itself_alone(self):
+        backbone, ids = tiny_llama(), torch.randint(61, (1, 40))
+        expected = backbone(ids).logits
+        ARMTForCausalLM.from_backbone(backbone, segment_size=8, num_mem_tokens=4, spread_memory_tokens=True)(ids)
+        assert torch.equal(backbone(ids).logits, expected)
+
+    def test_memory_tokens_cannot_be_spread_without_rotary_positions(self):
+        with pytest.raises(ValueError, match="spread_memory_tokens.*GPT2Model"):
+            ARMTForCausalLM.from_backbone(tiny_backbone(FAMILIES["gpt2"]), segment_size=8, spread_memory_tokens=True)
+
+    def test_nor_with_rotary_positions_that_are_not_used(self):
+        with pytest.raises(ConversionError, match="cannot be spread"):
+            attach_checked(tiny_backbone(FAMILIES["falcon_alibi"]), segment_size=8, spread_memory_tokens=True)
+
     def test_generation_settings_are_a_copy(self):
         backbone = tiny_llama()
         backbone.generation_config.eos_token_id = [2, 7]

@@ -131,7 +131,10 @@ def test_rows_at_different_places_and_with_padding(name: str):
     check_same_memory(other, cache)
 
 
-@pytest.mark.parametrize("options", [{"use_denom": False}, {"correction": False}, {"memory_layers": [1]}], ids=str)
+KINDS = [{"use_denom": False}, {"correction": False}, {"memory_layers": [1]}, {"memory_norm": True}]
+
+
+@pytest.mark.parametrize("options", [*KINDS, {"spread_memory_tokens": True}], ids=str)
 def test_every_kind_of_memory(options: dict):
     slow = tiny_model("llama", **options)
     fast = copy.deepcopy(slow).compile_armt()

@@ -263,8 +263,8 @@ class TestBatches:
         compare(deep_model(**{option: False}), 1e-9, random_ids(2, LENGTH))
 
     @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-    def test_normalised_inputs_of_the_memory(self, checkpointing: bool):
-        model, ids = deep_model(memory_norm=True), random_ids(2, LENGTH)
+    def test_normalised_inputs_and_spread_memory_tokens(self, checkpointing: bool):
+        model, ids = deep_model(memory_norm=True, spread_memory_tokens=True), random_ids(2, LENGTH)
         for name, parameter in model.named_parameters():
             if "norm" in name and name.startswith("memory."):
                 torch.nn.init.normal_(parameter)

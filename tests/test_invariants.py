@@ -30,6 +30,9 @@ MODELS = {
     "segments of one token": functools.cache(lambda: tiny_model("llama", segment_size=1, num_mem_tokens=1)),
     "more memory than text": functools.cache(lambda: tiny_model("llama", segment_size=3, num_mem_tokens=5)),
     "memory in one layer": functools.cache(lambda: tiny_model("qwen2", memory_layers=[1])),
+    "spread memory tokens": functools.cache(
+        lambda: tiny_model("gemma3_text", memory_norm=True, spread_memory_tokens=True)
+    ),
     "no denominator": functools.cache(lambda: tiny_model("llama", use_denom=False)),
 }
 every_model = pytest.mark.parametrize("name", MODELS)

@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--memory-norm", action="store_true", help="normalise what the memory's projections get (default: as it is)"
     )
     parser.add_argument(
+        "--spread-memory-tokens",
+        action="store_true",
+        help="give memory tokens positions all over their segment (default: behind it)",
+    )
+    parser.add_argument(
         "--memory-layers", type=int, nargs="+", metavar="I", help="layers that get a memory (default: all)"
     )
     parser.add_argument(

@@ -98,6 +98,8 @@ def fields(facts: Facts) -> dict[str, Any]:
     }
     if config.memory_norm:
         shape |= {"inputs of the memory": "RMS-normalised, with weight and bias"}
+    if config.spread_memory_tokens:
+        shape |= {"positions of memory tokens": "spread over their segment"}
     if adapter:
         lora = facts.checkpoint.adapter
         shape |= {"LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha}"}
