@@ -124,4 +124,4 @@ def report(read_tokens: int, reading: float, new_tokens: int, generating: float)
     if new_tokens:
         parts.append(f"{new_tokens:,} generated ({new_tokens / generating:,.1f}/s)")
     parts.append(f"peak {where} memory {peak / 2**20:,.0f} MiB".replace("  ", " "))
-    Console(stderr=True).print(", ".join(parts), style="dim", highlight=False)
+    Console(stderr=True, markup=False).print(", ".join(parts), style="dim", highlight=False)

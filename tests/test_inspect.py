@@ -362,6 +362,13 @@ def test_a_folder_in_place_of_the_page(checkpoint, text, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == [text]
 
 
+def test_what_is_no_page_stays_as_it_is(checkpoint, text, capsys):
+    """The text itself, say."""
+    before = text.read_bytes()
+    assert "It stays as it is" in refused(capsys, checkpoint, "--text", text, "--out", text)
+    assert text.read_bytes() == before
+
+
 def test_the_page_says_which_weights_it_shows(page, checkpoint):
     _, numbers = page
     assert numbers["weights"] == hash_weights(checkpoint)

@@ -491,6 +491,12 @@ class TestDryRun:
         assert set(hub.repositories) == before
         assert len(hub.requests) == asked
 
+    def test_names_of_files_are_no_markup_of_the_terminal(self, changeable, capsys):
+        (changeable / "a [bold] [").mkdir()
+        (changeable / "a [bold] [" / "bold] b").touch()
+        assert main(["publish", str(changeable), "ann/later", "--dry-run"]) == 0
+        assert "a [bold] [/bold] b" in capsys.readouterr().err.replace("\n", " ")
+
     def test_refuses_what_publish_refuses(self, changeable, capsys):
         (changeable / "config.json").unlink()
         assert main(["publish", str(changeable), "ann/later", "--dry-run"]) == 1

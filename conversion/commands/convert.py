@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
     from ..convert import convert
 
     config = convert(**vars(args)).config
-    Console(stderr=True).print(
-        f"[bold]{args.out}[/] reads segments of {config.segment_size} tokens with {config.num_mem_tokens} memory "
+    Console(stderr=True, markup=False).print(
+        f"{args.out} reads segments of {config.segment_size} tokens with {config.num_mem_tokens} memory "
         f"tokens; {len(config.memory_layer_indices)} layers have a memory. It passed every check against its "
         "backbone, and will remember once it is trained."
     )

@@ -33,6 +33,6 @@ def run(args: argparse.Namespace) -> None:
         correction=not args.no_correction,
         use_denom=not args.no_denom,
     )
-    Console(stderr=True).print(
-        f"[bold]{args.out}[/] is ready: AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
+    Console(stderr=True, markup=False).print(
+        f"{args.out} is ready: AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)"
     )

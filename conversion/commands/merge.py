@@ -18,4 +18,4 @@ def run(args: argparse.Namespace) -> None:
     from ..merging import merge_adapter
 
     merge_adapter(args.adapter, args.out)
-    Console(stderr=True).print(f"[bold]{args.out}[/] is a full checkpoint with the logits that the adapter gave.")
+    Console(stderr=True, markup=False).print(f"{args.out} is a full checkpoint with the logits that the adapter gave.")

@@ -32,16 +32,16 @@ def run(args: argparse.Namespace) -> None:
     from ..publishing.publish import publish
 
     publication = publish(**vars(args))
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False)
     if publication.commit is None:
         table = Table("file", "bytes", title=f"would be in {args.repository}, in one commit")
         table.columns[1].justify = "right"
         for name, size in publication.files.items():
             table.add_row(name, f"{size:,}")
-        Console().print(table)
+        Console(markup=False).print(table)
     else:
         console.print(
-            f"[bold]{args.repository}[/] is published at {publication.commit} (tag {publication.tag}): "
+            f"{args.repository} is published at {publication.commit} (tag {publication.tag}): "
             f"{len(publication.files)} files in one commit. A fresh process without this package loaded it by that "
             "revision and found the same logits."
         )

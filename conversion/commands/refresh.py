@@ -26,4 +26,4 @@ def run(args: argparse.Namespace) -> None:
         said = "has this version's code already; nothing was changed."
     else:
         said = f"has the code of version {done.after}{at}; before it had {done.before}. Its weights are as they were."
-    Console(stderr=True).print(f"[bold]{args.checkpoint}[/] {said}")
+    Console(stderr=True, markup=False).print(f"{args.checkpoint} {said}")

@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
         return
     stage = summary["stages"][-1]
     score = f"score {stage['score']:.3f}, " if task_class(recipe.task).exact else ""
-    Console(stderr=True).print(
-        f"[bold]{recipe.out}[/] is ready after {summary['steps']} steps: validation {score}loss {stage['loss']:.4f}.",
+    Console(stderr=True, markup=False).print(
+        f"{recipe.out} is ready after {summary['steps']} steps: validation {score}loss {stage['loss']:.4f}.",
         soft_wrap=True,
     )
 

@@ -84,7 +84,7 @@ def run_demo(out: str | Path, seed: int = 0) -> dict:
         The measured numbers, as printed.
     """
     started = time.monotonic()
-    console = Console()
+    console = Console(markup=False)
     set_seed(seed)
     with staged_folder(out) as folder:
         console.rule("1. Convert")

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 def progress_bar(title: str, tokens: int | None) -> Iterator[Callable[[int], Any]]:
     """A bar over about so many tokens, None if nobody knows, in a terminal; yields a function that moves it."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
@@ -43,4 +43,4 @@ def say_done(title: str, entry: dict[str, Any], seconds: float) -> None:
 
 
 def say(line: str) -> None:
-    Console(stderr=True).print(line, style="dim", highlight=False, soft_wrap=True)
+    Console(stderr=True, markup=False).print(line, style="dim", highlight=False, soft_wrap=True)

@@ -15,7 +15,7 @@ from .losses import LOSS_CONTROLS
 
 def print_report(results: dict[str, Any], folder: str | Path, console: Console | None = None) -> None:
     """Prints a table a checkpoint, then what is known without reading, and where everything is."""
-    console = console or Console()
+    console = console or Console(markup=False)
     task = results["task"]["name"]
     for run in results["runs"]:
         seed = "" if run["seed"] is None else f", seed {run['seed']}"

@@ -15,7 +15,7 @@ from ...modeling_armt import ARMTForCausalLM
 from ..checkpoints import armt_model, load_checkpoint
 from ..evaluation.subject import hash_weights
 from ..files import write_whole
-from .numbers import numbers
+from .numbers import numbers, read_numbers
 from .record import Record, record
 
 
@@ -49,7 +49,7 @@ def inspect_text(
     Args:
         checkpoint: folder or Hub id of an ARMT checkpoint or an adapter on one, with a tokenizer.
         text: of more than one segment.
-        out: the HTML file; replaced if it exists.
+        out: the HTML file; a page that is there is replaced.
         layers: whose weights are shown; by default the ones whose reads are the largest beside what they are added to.
         name: what the page calls the text.
         progress: called with tokens read and tokens in all.
@@ -60,11 +60,16 @@ def inspect_text(
     Raises:
         ValueError: for a checkpoint without tokenizer or matplotlib missing, a text that is not longer than a segment,
             layers without memory.
-        FileNotFoundError, FileExistsError: if there is no folder for the page, or a folder in its place.
+        FileNotFoundError, FileExistsError: if there is no folder for the page, or something else in its place.
     """
     out = Path(out)
     if out.is_dir():
         raise FileExistsError(f"{out} is a folder. Name the file to write, such as {out / 'inspect.html'}.")
+    if out.exists():
+        try:
+            read_numbers(out)
+        except ValueError as error:
+            raise FileExistsError(f"{error} It stays as it is: name another file, or remove it.") from error
     if not out.absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder {out.parent} to write the page in.")
     if importlib.util.find_spec("matplotlib") is None:

@@ -33,8 +33,8 @@ def serve(checkpoint: str | Path, host: str = "localhost", port: int = 8000, **o
         name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else str(checkpoint)
         app = build_app(armt_model(model), tokenizer, name, **options)
         port = listener.getsockname()[1]
-        console = Console(stderr=True)
-        console.print(f"Serving [bold]{name}[/] at http://{host}:{port}/v1", highlight=False)
+        console = Console(stderr=True, markup=False)
+        console.print(f"Serving {name} at http://{host}:{port}/v1", highlight=False)
         if not options.get("api_keys"):
             console.print("Without --api-key all clients are one: each can tell what another has sent.", style="dim")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
