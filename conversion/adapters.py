@@ -66,7 +66,8 @@ def parameter_groups(model: nn.Module, lr: float, memory_lr: float, weight_decay
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = memory_lr if any(part in MEMORY_MODULES + MEMORY_NORMS for part in name.split(".")) else lr
-            decay = 0.0 if parameter.dim() < 2 or "memory_tokens" in name else weight_decay
+            kept = parameter.dim() < 2 or any(part in [*MEMORY_NORMS, "memory_tokens"] for part in name.split("."))
+            decay = 0.0 if kept else weight_decay
             groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 

@@ -159,30 +159,27 @@ def probe_ids(config: ARMTConfig) -> torch.Tensor:
 def calibrate(model: ARMTForCausalLM) -> None:
     """
     Sets the norms of a fresh model so that what they return has mean 0 and variance 1 in every channel, over random
-    tokens: what all tokens of a backbone have in common, which is most of their length, says nothing about any, and
-    keys and queries are left with what tells them apart.
+    tokens, and mean 0 for each memory token: what all tokens of a backbone have in common, which is most of their
+    length, says nothing about any, and keys and queries are left with what tells them apart.
     """
-    seen = {}
 
     def watch(norm: MemoryNorm, args: tuple[torch.Tensor]):
-        x = args[0].to(norm.weight.dtype).flatten(0, 1)
-        seen.setdefault(norm, []).append(rms_norm(x, torch.ones_like(norm.weight), torch.zeros_like(norm.bias)))
+        x = rms_norm(args[0].to(norm.weight.dtype), torch.ones_like(norm.weight), torch.zeros_like(norm.bias))
+        mean = x.mean((0, 1) if len(norm.bias) == 1 else 0)
+        norm.weight.copy_((x - mean).square().mean((0, 1)).add(1e-6).rsqrt())
+        norm.bias.copy_(-mean * norm.weight)
 
     segment_size = model.config.segment_size
-    model.config.segment_size = segment = min(segment_size, 64)
+    model.config.segment_size = segment = min(segment_size, 32)
     norms = [module for module in model.memory.modules() if isinstance(module, MemoryNorm)]
     watching = [norm.register_forward_pre_hook(watch) for norm in norms]
     try:
-        ids = torch.randint(model.config.text_config.vocab_size, (8, 2 * segment), device=model.device)
+        ids = torch.randint(model.config.text_config.vocab_size, (32, 2 * segment), device=model.device)
         model(ids, use_cache=False, schedule="sequential", logits_to_keep=1)
     finally:
         model.config.segment_size = segment_size
         for handle in watching:
             handle.remove()
-    for norm, inputs in seen.items():
-        variance, mean = torch.var_mean(torch.cat(inputs), dim=0)
-        norm.weight.copy_(variance.add(1e-6).rsqrt())
-        norm.bias.copy_(-mean * norm.weight)
 
 
 @torch.no_grad()

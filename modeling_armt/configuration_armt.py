@@ -46,8 +46,8 @@ class ARMTConfig(PreTrainedConfig):
         use_denom (`bool`): divide reads by q.z (and k.z); without it there is no z at all.
         write_guard (`bool`): write less where a write would let the memory grow without end; changes nothing
             elsewhere. Published models were trained without.
-        memory_norm (`bool`): RMS-normalise what the memory's projections get, with a weight and a bias for reads and
-            for writes. Published models were trained without.
+        memory_norm (`bool`): RMS-normalise what the memory's projections get, with weight and bias for reads, and for
+            writes with a bias for each memory token. Published models were trained without.
         spread_memory_tokens (`bool`): give memory tokens rotary positions all over their segment instead of behind it,
             so that each looks at another part of it. Published models were trained without.
         memory_layers (`list[int]`, *optional*): backbone layers that have a memory; None means all.

@@ -127,12 +127,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch
 
 
 class MemoryNorm(nn.Module):
-    """What is projected, on its own scale: [`rms_norm`] with a weight and a bias `(D,)`."""
+    """
+    What is projected, on its own scale: [`rms_norm`] with a weight `(D,)`, and a bias `(1, D)` for all positions or
+    `(m, D)` for each memory token.
+    """
 
-    def __init__(self, hidden_size: int):
+    def __init__(self, positions: int, hidden_size: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.bias = nn.Parameter(torch.zeros(hidden_size))
+        self.bias = nn.Parameter(torch.zeros(positions, hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return rms_norm(x, self.weight, self.bias)
@@ -253,6 +256,7 @@ class AssociativeMemory(MemoryEquations, nn.Module):
         use_denom: with False reads and v0 are not divided, and there is no z.
         write_guard: keep the eigenvalues of M, of tokens whose gamma is 0, below `MAX_EIGENVALUE`.
         memory_norm: normalise what is projected.
+        num_mem_tokens: m; only norms look at it.
     """
 
     def __init__(
@@ -267,6 +271,7 @@ class AssociativeMemory(MemoryEquations, nn.Module):
         use_denom: bool = True,
         write_guard: bool = True,
         memory_norm: bool = False,
+        num_mem_tokens: int = 1,
     ):
         super().__init__()
         self.feature_size = 2 * nu * d_mem
@@ -283,8 +288,8 @@ class AssociativeMemory(MemoryEquations, nn.Module):
         self.memory_key = nn.Linear(hidden_size, d_mem, bias=False)
         self.memory_value = nn.Linear(hidden_size, hidden_size, bias=False)
         self.memory_beta = nn.Linear(hidden_size, 1)
-        self.memory_read_norm = MemoryNorm(hidden_size) if memory_norm else None
-        self.memory_write_norm = MemoryNorm(hidden_size) if memory_norm else None
+        self.memory_read_norm = MemoryNorm(1, hidden_size) if memory_norm else None
+        self.memory_write_norm = MemoryNorm(num_mem_tokens, hidden_size) if memory_norm else None
 
     @property
     def state_dtype(self) -> torch.dtype:

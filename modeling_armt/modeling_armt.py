@@ -85,6 +85,7 @@ class ARMTPreTrainedModel(PreTrainedModel):
                     config.use_denom,
                     config.write_guard,
                     config.memory_norm,
+                    config.num_mem_tokens,
                 )
                 for layer in config.memory_layer_indices
             }

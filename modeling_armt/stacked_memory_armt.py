@@ -116,7 +116,7 @@ class StackedMemory(MemoryEquations):
     def _normed(self, name: str, x: torch.Tensor) -> torch.Tensor:
         if f"{name}.weight" not in self.weights:
             return x
-        return rms_norm(x, *(self.weights[f"{name}.{part}"][:, None, None] for part in ("weight", "bias")))
+        return rms_norm(x, self.weights[f"{name}.weight"][:, None, None], self.weights[f"{name}.bias"][:, None])
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias")

@@ -27,11 +27,11 @@ class Reference:
     def project(self, name: str, x: list[float]) -> list[float]:
         return [sum(w * value for w, value in zip(row, x, strict=True)) for row in self.weights[f"{name}.weight"]]
 
-    def normed(self, name: str, x: list[float]) -> list[float]:
+    def normed(self, name: str, x: list[float], number: int = 0) -> list[float]:
         if not self.memory.memory_norm:
             return x
         size = math.sqrt(sum(value**2 for value in x) / len(x) + 1e-6)
-        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"]
+        weight, bias = self.weights[f"{name}.weight"], self.weights[f"{name}.bias"][number]
         return [w * value / size + b for w, value, b in zip(weight, x, bias, strict=True)]
 
     def phi(self, u: list[float]) -> list[float]:
@@ -59,8 +59,8 @@ class Reference:
     def write(self, tokens: list[list[float]]) -> list[float]:
         """Returns the gammas."""
         A, z, gammas = [list(row) for row in self.A], list(self.z), []
-        for y in tokens:
-            y = self.normed("memory_write_norm", y)
+        for number, y in enumerate(tokens):
+            y = self.normed("memory_write_norm", y, number)
             k, v = self.phi(self.project("memory_key", y)), self.project("memory_value", y)
             beta = 1 / (1 + math.exp(-self.project("memory_beta", y)[0] - self.weights["memory_beta.bias"][0]))
             gamma = 1.0
@@ -80,7 +80,7 @@ class Reference:
 
 def make_memory(dtype: torch.dtype = torch.float64, seed: int = 0, **options) -> AssociativeMemory:
     torch.manual_seed(seed)
-    memory = AssociativeMemory(HIDDEN, D_MEM, **options)
+    memory = AssociativeMemory(HIDDEN, D_MEM, num_mem_tokens=TOKENS, **options)
     for parameter in memory.parameters():
         nn.init.normal_(parameter, std=0.5)
     return memory.to(dtype)
