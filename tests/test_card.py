@@ -251,6 +251,16 @@ class TestText:
         assert "has not been trained" in text
         assert "## Training" not in text and "## Results" not in text
 
+    @pytest.mark.parametrize("evaluated_too", [True, False])
+    def test_model_that_something_else_trained_is_not_called_untrained(self, changeable, evaluated_too):
+        """The stock Trainer leaves no `training.json`."""
+        (changeable / "training.json").unlink()
+        if not evaluated_too:
+            (changeable / "results.json").unlink()
+        text = card_of(changeable)
+        assert "has not been trained" not in text and "## Training" not in text
+        assert ("has not been evaluated" in section(text, "Results")) is not evaluated_too
+
     def test_model_without_results_says_so(self, changeable):
         (changeable / "results.json").unlink()
         assert "has not been evaluated" in section(card_of(changeable), "Results")

@@ -16,6 +16,7 @@ from modeling_armt.conversion.evaluation.controls import CONTROLS
 from modeling_armt.conversion.evaluation.evaluate import OWN_TO_A_SEED
 from modeling_armt.conversion.evaluation.losses import LOSS_CONTROLS
 from modeling_armt.conversion.merging import merge_adapter
+from modeling_armt.conversion.publishing.card import card_of
 from modeling_armt.conversion.tasks.babi import PERSONS
 from modeling_armt.conversion.tasks.babi import PLACES as BABI_PLACES
 from modeling_armt.conversion.training.recipe import make_recipe, read_recipe
@@ -67,6 +68,12 @@ class TestQa1:
         )
         assert told == PLACES
         assert untold != PLACES
+
+    def test_card_is_what_its_records_give(self, folder, monkeypatch):
+        monkeypatch.chdir(folder)
+        card = card_of(CARDS / "babilong" / "qa1-0", results=CARDS / "babilong" / "results")
+        kept = (CARDS / "babilong" / "qa1-0" / "README.md").read_text(encoding="utf-8")
+        assert card.rpartition("\n<!--")[0] == kept.replace("](../results/", "](")
 
     @staticmethod
     def ask(model, tokenizer, question: torch.Tensor, cache: ARMTCache) -> str:

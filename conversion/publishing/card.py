@@ -89,7 +89,7 @@ def fields(facts: Facts) -> dict[str, Any]:
         "backbone": f"{backbone.model_type}, {backbone.num_hidden_layers} layers of width {backbone.hidden_size}, "
         f"vocabulary of {number(backbone.vocab_size)}",
         "tokens in a segment": number(config.segment_size),
-        "memory tokens": number(config.num_mem_tokens),
+        "memory tokens": number(config.num_mem_tokens) + (", spread" if config.spread_memory_tokens else ""),
         "layers with memory": "all" if everywhere else ", ".join(map(str, layers)),
         "width of memory queries and keys (d_mem)": number(config.d_mem),
         "feature map": f"DPFP, nu = {config.dpfp_nu}, {'' if config.normalize_features else 'not '}normalised",
@@ -100,6 +100,8 @@ def fields(facts: Facts) -> dict[str, Any]:
         shape |= {"inputs of the memory": "RMS-normalised, with weight and bias"}
     if config.spread_memory_tokens:
         shape |= {"positions of memory tokens": "spread over their segment"}
+    if config.memory_norm:
+        shape |= {"norms of the memory": "on"}
     if adapter:
         lora = facts.checkpoint.adapter
         shape |= {"LoRA": f"r = {lora.r}, alpha = {lora.lora_alpha}"}
@@ -120,6 +122,7 @@ def fields(facts: Facts) -> dict[str, Any]:
         "tokenizer": facts.checkpoint.tokenizer,
         "shape": shape,
         "training": facts.training,
+        "untrained": facts.untrained,
         "training_summary": summarize(training),
         "task_description": facts.task and describe_task(facts.task),
         "stages": [

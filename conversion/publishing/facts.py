@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from markupsafe import Markup
+from safetensors import safe_open
 
 from ..evaluation.subject import hash_weights
 from ..inspecting.numbers import read_numbers
@@ -63,6 +64,19 @@ class Facts:
     def task(self) -> str | None:
         """The task that the model was trained on."""
         return (self.training or {}).get("recipe", {}).get("task")
+
+    @cached_property
+    def untrained(self) -> bool:
+        """Whether the memories still add exactly zero. What trained them need not have left a `training.json`."""
+        if self.checkpoint.adapter is not None:
+            return False
+        for name in self.checkpoint.files:
+            if name.endswith(".safetensors"):
+                with safe_open(self.checkpoint.folder / name, framework="pt") as file:
+                    values = [key for key in file.keys() if key.endswith("memory_value.weight")]  # noqa: SIM118
+                    if any(file.get_tensor(key).any() for key in values):
+                        return False
+        return True
 
     def metadata(self) -> ModelCardData:
         """The YAML at the top of the card."""
