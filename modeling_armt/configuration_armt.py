@@ -119,8 +119,9 @@ class ARMTConfig(PreTrainedConfig):
             )
         kwargs = {name: value for name, value in kwargs.items() if name not in BACKBONE_SIZES}
         kwargs.pop("tie_word_embeddings", None)  # the backbone's
-        # A configuration hands its attention implementation down, so it must not start with less than the backbone.
+        # A configuration hands these down, so it must not start with less than the backbone's loader decided on.
         kwargs.setdefault("attn_implementation", self.text_config._attn_implementation)
+        kwargs.setdefault("experts_implementation", self.text_config._experts_implementation)
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any):

@@ -97,6 +97,10 @@ class ARMTPreTrainedModel(PreTrainedModel):
         self._attach()
         self.post_init()
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # whether there are experts is the backbone's business
+
     def _attach(self):
         num_layers = self.config.text_config.num_hidden_layers
         self.decoder_name = find_decoder(self.model, num_layers)

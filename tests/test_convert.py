@@ -440,6 +440,27 @@ class TestRefusals:
         self.refused(source, "not a model that transformers can load")
 
 
+class TestExperts:
+    """A mixture of experts computes them with the kernel that its loader chose, before and after."""
+
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        tiny_backbone(FAMILIES["gpt_oss"]).save_pretrained(tmp_path / "source")
+        return tmp_path / "source"
+
+    @pytest.mark.parametrize("kernel", ["grouped_mm", "eager"])
+    def test_kernel_stays(self, folder, tmp_path, kernel):
+        backbone = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", experts_implementation=kernel)
+        model = attach_checked(backbone, segment_size=16, num_mem_tokens=3)
+        assert model.config._experts_implementation == model.model.config._experts_implementation == kernel
+        model.save_pretrained(tmp_path / "armt")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "armt", experts_implementation=kernel)
+        assert loaded.model.config._experts_implementation == kernel
+
+    def test_conversion_passes(self, folder, out):
+        assert convert(folder, out, segment_size=16).model.config._experts_implementation == "grouped_mm"
+
+
 class TestPositionTable:
     """A backbone that has learned its positions has no more of them than its table."""
 
