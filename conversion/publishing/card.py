@@ -170,7 +170,7 @@ def summarize(training: dict[str, Any]) -> dict[str, str]:
     alone.pop("command", None)  # the recipe says it without the folders of somebody's machine
     if training.get("versions"):
         alone["versions"] = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
-    names = {"tokens_per_s": "tokens/s"}
+    names = {"tokens_per_s": "tokens/s", "peak_gib": "peak GiB"}
     return {names.get(key, key.replace("_", " ")): value for key, value in alone.items()}
 
 
