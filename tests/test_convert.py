@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, REFUSED, tiny_backbone
+from families import COMMON, FAMILIES, REFUSED, tiny_backbone
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
@@ -184,7 +184,10 @@ class TestWhatComesAlong:
         assert text == "<s>user: Hello.\n<s>assistant: Hi.\n"
 
     def test_tokenizer_knows_no_longest_input(self, converted):
-        assert AutoTokenizer.from_pretrained(converted).model_max_length > 10**12
+        tokenizer = AutoTokenizer.from_pretrained(converted)
+        longest = tokenizer.model_max_length
+        assert longest == torch.iinfo(torch.int32).max  # tools can count up to it
+        assert tokenizer(STORY, truncation=True, max_length=longest) == tokenizer(STORY)
 
     @pytest.mark.parametrize(
         ("field", "value"),
@@ -807,6 +810,19 @@ class TestProbe:
     def test_broken_backbone_is_refused(self, cls, reason):
         with pytest.raises(ConversionError, match=f"llama models cannot carry a memory.*{reason}"):
             attach_checked(tiny_llama(cls), **self.options)
+
+    @pytest.mark.parametrize(
+        ("name", "seed", "window", "sizes"), [("exaone4", 0, 16, (32, 4, 8)), ("olmo3", 3, 4096, (16, 4, 16))]
+    )
+    def test_rounding_that_random_weights_magnify_is_no_fault(self, name, seed, window, sizes):
+        """By its float32 alone it would be: off by 2e-2."""
+        layers = {"num_hidden_layers": 4, "layer_types": [*3 * ["sliding_attention"], "full_attention"]}
+        family = {**COMMON, **FAMILIES[name].options, **layers, "sliding_window": window}
+        torch.manual_seed(seed)
+        backbone = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**family)).eval()
+        torch.manual_seed(0)
+        model = attach_checked(backbone, **dict(zip(self.options, sizes, strict=True)))
+        assert model.dtype == torch.float32
 
     @torch.no_grad()
     def test_logits_other_than_the_backbones_are_refused(self):
