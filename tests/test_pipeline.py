@@ -36,7 +36,7 @@ prompt, adapter, merged = sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.a
 found = {}
 for auto, (name, revision) in ((AutoPeftModelForCausalLM, adapter), (AutoModelForCausalLM, merged)):
     model = auto.from_pretrained(name, revision=revision, trust_remote_code=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=True)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     found[name] = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0].tolist()
 assert not any(name.partition(".")[0] == "modeling_armt" for name in sys.modules)
