@@ -33,6 +33,7 @@ from .input_armt import check_columns, check_input, check_position_table, check_
 from .memory_armt import AssociativeMemory
 from .memory_file_armt import load_memory, save_memory
 from .reading_armt import draft, run_steps
+from .replica_armt import Replica
 from .schedule_armt import choose_schedule
 from .segmentation_armt import OutputColumns, RealTokens, Step, count_targets
 from .streaming_armt import read_stream
@@ -254,6 +255,9 @@ class ARMTPreTrainedModel(PreTrainedModel):
         for groups in self.fast.diagonal:  # weights may move; buffers would hold on to them
             groups.idle.clear()
         return super()._apply(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self) -> Replica:
+        return Replica(self)
 
     # Gradient checkpointing: per segment, not per layer
 

@@ -54,5 +54,5 @@ def warn_of_other_code(source: str | os.PathLike | None, config: PreTrainedConfi
         warnings.warn(
             f"{source} came with another version of the code ({theirs}) than that of the installed package ({ours}), "
             f"which runs it now; results may differ. To put this version into the checkpoint: armt refresh {source}",
-            stacklevel=4,
+            stacklevel=3,
         )

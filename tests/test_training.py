@@ -5,6 +5,7 @@ to train on long texts with bounded memory (loss by segment, checkpoints per seg
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from peft import get_peft_model
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
-from modeling_armt import ARMTCache, ARMTForCausalLM
+from modeling_armt import ARMTCache, ARMTForCausalLM, replica_armt
 from modeling_armt.conversion.adapters import lora_config
+from modeling_armt.conversion.training.trainer import one_device
 
 
 LENGTH = 3 * SEGMENT_SIZE + 3
@@ -599,3 +601,30 @@ def test_the_trainer_predicts_logits_for_metrics(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in ids]
     trainer = Trainer(model, TrainingArguments(tmp_path, report_to="none", use_cpu=True, disable_tqdm=True))
     assert trainer.predict(rows).predictions.shape == (4, LENGTH, VOCABULARY)
+
+
+# Several devices without a launcher: the Trainer wraps a model in nn.DataParallel
+
+
+def test_what_data_parallel_takes_for_copies_trains_the_model_itself(model, monkeypatch):
+    messages = []
+    monkeypatch.setattr(replica_armt.logger, "warning_once", messages.append)
+    ids = random_ids(2, 2 * SEGMENT_SIZE, seed=3)
+    expected = loss_and_gradients(model, ids)
+    copies = [model._replicate_for_data_parallel() for _ in range(2)]
+    assert [*copies[0].parameters()] == [] and copies[0].training and copies[0].config is model.config
+    model.zero_grad()
+    with ThreadPoolExecutor(2) as threads:
+        losses = [*threads.map(lambda copy, row: copy(input_ids=row, labels=row).loss, copies, ids.split(1))]
+    loss = sum(losses) / 2
+    loss.backward()
+    assert_close((loss.detach(), {name: p.grad for name, p in model.named_parameters()}), expected)
+    assert "accelerate launch" in messages[0]
+
+
+def test_training_arguments_take_one_device_of_several(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    assert one_device(arguments).n_gpu <= 1
+    arguments._n_gpu = 2
+    with pytest.warns(UserWarning, match="one of 2 GPUs. To use all: accelerate launch"):
+        assert one_device(arguments).n_gpu == 1

@@ -1,6 +1,7 @@
 """The stock Trainer, following a curriculum."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -186,7 +187,7 @@ def training_arguments(recipe: Recipe, curriculum: Curriculum, folder: Path) -> 
     """The Trainer's arguments for a recipe; `folder` is where its checkpoints go."""
     cuda = torch.cuda.is_available()
     processes = PartialState().num_processes
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=curriculum.max_steps,
         per_device_train_batch_size=recipe.batch_size // processes,
@@ -204,3 +205,16 @@ def training_arguments(recipe: Recipe, curriculum: Curriculum, folder: Path) -> 
         remove_unused_columns=False,
         seed=recipe.seed,
     )
+    return one_device(arguments)
+
+
+def one_device(arguments: TrainingArguments) -> TrainingArguments:
+    """The same arguments, by which the Trainer uses one device of those that a process without launcher sees."""
+    if arguments.n_gpu > 1:
+        warnings.warn(
+            f"this trains on one of {arguments.n_gpu} GPUs. To use all: accelerate launch --multi_gpu --num_processes "
+            f"{arguments.n_gpu} -m modeling_armt.conversion train ...",
+            stacklevel=2,
+        )
+        arguments._n_gpu = 1
+    return arguments
