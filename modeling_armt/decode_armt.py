@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging
 
 from .cache_armt import ARMTCache
+from .compilation_armt import is_passing
 from .decode_probe_armt import find_decode_step, unsuitable
 
 
@@ -66,13 +67,21 @@ def decode(
         cache.contents()  # before the lock is taken: two models that wait for each other would wait for ever
     with fast.lock:
         if not isinstance(fast.decode, FixedShapes) or not fast.decode.fits():
-            if fast.decode is _PREPARING:
+            if fast.decode is _PREPARING or fast.postponed() is cache:
                 return None
             if isinstance(fast.decode, FixedShapes):
                 fast.decode.give_back()
             fast.decode = _PREPARING
             try:
                 fast.decode = FixedShapes(model)
+            except Exception as error:
+                if not is_passing(error):
+                    raise
+                fast.postponed = weakref.ref(cache)
+                logger.warning(
+                    f"there is no room to prepare fast decoding ({error}); the next conversation tries again."
+                )
+                return None
             finally:
                 if fast.decode is _PREPARING:
                     fast.decode = None
@@ -91,13 +100,19 @@ def undo_ahead(model: "ARMTPreTrainedModel") -> None:
         model.fast.decode.undo()
 
 
-def _version(ids: torch.Tensor) -> int | None:
-    return None if ids.is_inference() else ids._version
+def _mark(ids: torch.Tensor) -> int | torch.Tensor:
+    """What tells later whether somebody changed ids in place; tensors of inference mode do not count changes."""
+    return ids.clone() if ids.is_inference() else ids._version
 
 
-def _is_same(ids: torch.Tensor, before: torch.Tensor, version: int | None) -> bool:
-    """Whether ids are those that `before` was, by where they lie: comparing values would wait for the device."""
-    return ids.data_ptr() == before.data_ptr() and ids.shape == before.shape and _version(ids) == version
+def _is_same(ids: torch.Tensor, before: torch.Tensor, mark: int | torch.Tensor) -> bool:
+    """
+    Whether ids are those that `before` was, by where they lie: comparing values waits for what the device was asked to
+    do before.
+    """
+    if isinstance(mark, torch.Tensor):
+        return torch.equal(ids, mark)
+    return ids.data_ptr() == before.data_ptr() and ids.shape == before.shape and ids._version == mark
 
 
 _PREPARING = object()
@@ -111,7 +126,7 @@ class FixedShapes:
         reason: why this model cannot decode at fixed shapes; None if it can.
         step: the [`DecodeStep`]; None if it cannot.
         prepare_seconds: what preparation, compilation and capture took so far.
-        begun: the ids of the column that was read ahead, and their version; None if there is none.
+        begun: the ids of the column that was read ahead, and their mark; None if there is none.
     """
 
     def __init__(self, model: "ARMTPreTrainedModel"):
@@ -150,8 +165,10 @@ class FixedShapes:
         """One column, see [`decode`]."""
         if self.step is None:
             return None
+        # Asked before the stream waits for what was begun.
+        begun = self.begun is not None and _is_same(input_ids, *self.begun)
         with self._on_device():
-            return self._read(input_ids, real, cache)
+            return self._read(input_ids, real, cache, begun)
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -167,7 +184,9 @@ class FixedShapes:
             self.stream = stream
             yield
 
-    def _read(self, input_ids: torch.LongTensor, real: list[bool] | None, cache: ARMTCache) -> torch.Tensor | None:
+    def _read(
+        self, input_ids: torch.LongTensor, real: list[bool] | None, cache: ARMTCache, begun: bool
+    ) -> torch.Tensor | None:
         step = self.step
         if self.owner() is not cache or cache.lent_to is not self:
             if cache.last_hidden is None:  # nothing but padding so far
@@ -180,22 +199,43 @@ class FixedShapes:
             cache.lend(self)
             self.owner = weakref.ref(cache)
         real = None if real is None or all(real) else real
-        if real is None and self.begun is not None and _is_same(input_ids, *self.begun):
-            self.begun = None
-        else:
+        if not begun or real is not None:
             self.undo()
-            step.ids.copy_(input_ids)
-            if real is not None:
-                step.real.copy_(torch.tensor(real))
-            elif not self.all_real:
-                step.real.fill_(True)
-            self.all_real = real is None
-            step.step()
-        self._count(cache, real)
-        return step.logits.clone()  # the next step overwrites them
+        # Made before anything changes: it may be what there is no memory for.
+        logits = None if step.logits is None else torch.empty_like(step.logits)
+        if self.begun is None:
+            self._take(input_ids, real)
+        with self._undone_if_it_fails(cache):
+            if self.begun is None:
+                step.step()
+            # The next step overwrites them.
+            logits = step.logits.clone() if logits is None else logits.copy_(step.logits)
+            self._count(cache, real)
+        self.begun = None
+        return logits
+
+    @contextmanager
+    def _undone_if_it_fails(self, cache: ARMTCache) -> Iterator[None]:
+        """Around a step and what follows, up to where the cache is told of it."""
+        try:
+            yield
+        except BaseException:
+            self.begun = None
+            self.step.restore(cache.opened)
+            raise
+
+    def _take(self, input_ids: torch.LongTensor, real: list[bool] | None) -> None:
+        """Hands a column to the step; without padding that is nothing but the ids."""
+        self.step.ids.copy_(input_ids)
+        if real is not None:
+            self.all_real = False
+            self.step.real.copy_(torch.tensor(real))
+        elif not self.all_real:
+            self.step.real.fill_(True)
+            self.all_real = True
 
     def _count(self, cache: ARMTCache, real: list[bool] | None) -> None:
-        """Advances what the host knows, and writes the segments that are full."""
+        """Writes the segments that are full, and advances what the host knows."""
         taken = [1] * len(cache.tokens) if real is None else real
         opened = [n + r for n, r in zip(cache.opened, taken, strict=True)]
         full = [row for row, n in enumerate(opened) if n == self.step.segment_size]
@@ -220,11 +260,11 @@ class FixedShapes:
         with self.lock:
             known = self.owner() is cache and cache.lent_to is self and self.begun is None and self.all_real
             if known and self.step.device.type in READS_AHEAD and self.step.is_ready:
-                self.begun = input_ids, _version(input_ids)
-                with self._beside(), self._on_device():
-                    self.step.save()
+                mark = _mark(input_ids)
+                with self._beside(), self._on_device(), self._undone_if_it_fails(cache):
                     self.step.ids.copy_(input_ids)
                     self.step.step()
+                    self.begun = input_ids, mark
 
     def undo(self) -> None:
         """Takes back what was read ahead."""

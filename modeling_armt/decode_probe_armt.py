@@ -10,6 +10,7 @@ import torch
 
 from .cache_armt import ARMTCache
 from .compatibility_armt import CACHE
+from .compilation_armt import is_passing
 from .decode_step_armt import DecodeStep
 
 
@@ -61,6 +62,8 @@ def find_decode_step(model: "ARMTPreTrainedModel", compiles: bool) -> tuple[Deco
                 step = DecodeStep(model, like, masks, compiles=False, captures=False)
                 found = _at_fixed_shapes(step, cache.fork(), columns)
             except Exception as error:
+                if is_passing(error):
+                    raise
                 reason = reason or f"{type(error).__name__}: {error}".splitlines()[0]
                 continue
             finally:

@@ -17,6 +17,7 @@ from transformers.utils import logging
 from .attachment_armt import attach_memories, attach_positions, find_decoder_layers, spread_positions
 from .cache_armt import ARMTCache
 from .compatibility_armt import CACHE
+from .compilation_armt import is_passing
 from .head_armt import run_head
 from .memory_armt import MemoryState
 from .native_armt import StandIn, with_layers
@@ -85,7 +86,7 @@ class DecodeStep:
         self.spans = _spans(config.text_config, masks)
         self.dtype, self.device = self.embedding.weight.dtype, self.embedding.weight.device
         self._seconds, self._replays, self.batch_size = 0.0, (), 0
-        self._pass, self._compiles = None, compiles
+        self._pass, self._compiles, self._postponed = None, compiles, False
         num_layers = config.text_config.num_hidden_layers
         layers = [bare_layer(layer) for layer in find_decoder_layers(model.decoder, num_layers)]
         attach_memories(with_layers(model.decoder, num_layers, layers), num_layers, ())
@@ -110,7 +111,7 @@ class DecodeStep:
 
     def resize(self, batch_size: int) -> None:
         """Makes the buffers for `batch_size` rows. What they held is lost."""
-        size = self.batch_size = batch_size
+        size, self.batch_size = batch_size, 0  # 0 until there are all of them
         with torch.inference_mode(False), torch.no_grad():
 
             def slots(states: torch.Tensor) -> torch.Tensor:
@@ -136,6 +137,7 @@ class DecodeStep:
             self.written = torch.zeros(size, dtype=torch.bool, device=self.device)
             self.rows = torch.arange(size, device=self.device)
             self.one_row = self.rows[:1].clone()
+        self.batch_size = size
         self.last_hidden = self.logits = self._flushed = None
         if self._compiles:
             options = SINGLE_ROW_OPTIONS if size == 1 and self.device.type == "cuda" else None
@@ -176,6 +178,7 @@ class DecodeStep:
 
     def load(self, cache: ARMTCache) -> None:
         """Copies a conversation into the buffers."""
+        self._postponed = False  # there may be memory for it now
         with torch.inference_mode(False), torch.no_grad():
             load_keys(cache.keys, cache.opened, self.buffers)
             for index, buffer in self.states.items():
@@ -193,8 +196,9 @@ class DecodeStep:
                     buffer.copy_(tensor)
             if self.last_hidden is None:
                 # Not `empty_like`: a single row of something longer keeps its stride, which is compiled in.
-                self.last_hidden = cache.last_hidden.new_empty(cache.last_hidden.shape)
-                self._saved = torch.empty_like(self.last_hidden), torch.empty_like(self.of_all_layers.reads)
+                last_hidden = cache.last_hidden.new_empty(cache.last_hidden.shape)
+                self._saved = [torch.empty_like(t) for t in (last_hidden, self.of_all_layers.reads, self.position)]
+                self.last_hidden = last_hidden
             self.last_hidden.copy_(cache.last_hidden)
             self.position.copy_(torch.tensor(cache.opened))
             self.written.copy_(torch.tensor(cache.segments) > 0)
@@ -217,17 +221,28 @@ class DecodeStep:
         self._step()
 
     def _run(self) -> None:
-        if self._pass is not None:
-            try:
-                # One entry for each batch size, and each time the weights changed shape or dtype.
-                with torch._dynamo.config.patch(recompile_limit=64):
-                    self._pass()
-            except Exception as error:
-                self._pass, self._compiles = None, False
-                logger.warning(f"the decode step cannot be compiled ({error}); it runs as it is.")
-        if self._pass is None:
+        self._save()
+        if not self._run_compiled():
             self._read_token()
         self.logits = run_head(self.backbone, self.decoder_name, self.last_hidden[:, None])
+
+    def _run_compiled(self) -> bool:
+        """Reads a token by compiled code, if there is any."""
+        if self._pass is None or self._postponed:
+            return False
+        try:
+            # One entry for each batch size, and each time the weights changed shape or dtype.
+            with torch._dynamo.config.patch(recompile_limit=64):
+                self._pass()
+        except Exception as error:
+            if self.captures and torch.cuda.is_current_stream_capturing():
+                raise
+            self.restore()  # it may have got anywhere
+            self._postponed = True
+            if not is_passing(error):
+                self._pass, self._compiles = None, False
+            logger.warning(f"the decode step cannot be compiled ({error}); it runs as it is.")
+        return not self._postponed
 
     def _read_token(self) -> None:
         place, real = self.position[:, None], self.real[:, None]
@@ -277,28 +292,54 @@ class DecodeStep:
         seen = torch.stack([self._seen[index] for index in self.states])
         self.of_all_layers.reads.copy_(self.of_all_layers.after_read(seen, ~(self.real & self.written)[:, None]).reads)
 
-    def save(self) -> None:
-        """Keeps what the next step overwrites, for [`restore`]."""
-        hidden, reads = self._saved
-        hidden.copy_(self.last_hidden)
-        reads.copy_(self.of_all_layers.reads)
+    def _save(self) -> None:
+        """Keeps what a step overwrites, for [`restore`]. Part of the step, and of its graph."""
+        for saved, buffer in zip(self._saved, self._overwritten(), strict=True):
+            saved.copy_(buffer)
 
-    def restore(self) -> None:
-        """Takes back the one step since [`save`]. Its keys and values stay, where nothing looks."""
-        hidden, reads = self._saved
-        self.last_hidden.copy_(hidden)
-        self.of_all_layers.reads.copy_(reads)
-        self.position.add_(self.real, alpha=-1)
+    def restore(self, opened: list[int] | None = None) -> None:
+        """
+        Takes back the last step, also one that failed halfway. Its keys and values stay, where nothing looks.
+
+        Args:
+            opened: tokens in each row's open segment before it, if it may have failed before it changed anything.
+        """
+        if opened is not None and self._saved[-1].tolist() != opened:
+            return
+        for saved, buffer in zip(self._saved, self._overwritten(), strict=True):
+            buffer.copy_(saved)
+
+    def _overwritten(self) -> tuple[torch.Tensor, ...]:
+        return self.last_hidden, self.of_all_layers.reads, self.position
 
     # The end of a segment
 
     def flush(self, rows: list[int]) -> None:
-        """Writes the segments of `rows`, which are full, to memory, and starts new ones."""
-        if len(rows) == self.batch_size:
-            return self._flush_all()
-        for row in rows:
-            self.one_row.fill_(row)
-            self._flush_one()
+        """
+        Writes the segments of `rows`, which are full, to memory, and starts new ones. If it fails, the memories are
+        as they were.
+        """
+        every = len(rows) == self.batch_size
+        flush = self._flush_all if every else self._flush_one
+        kept = [] if flush.graph is not None else self._copies(rows)  # the replay of a graph does not fail
+        try:
+            if every:
+                return flush()
+            for row in rows:
+                self.one_row.fill_(row)
+                flush()
+        except BaseException:
+            for buffer, index, before in kept:
+                buffer.index_copy_(0, index, before)
+            raise
+
+    def _copies(self, rows: list[int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What a flush of `rows` overwrites: `(buffer, rows, what they hold)`."""
+        buffers = [self.written]
+        for index, state in self.states.items():
+            buffers += [*state, *self.statistics[index], self.read_A[index]]
+        index = torch.tensor(rows, device=self.device)
+        return [(buffer, index, buffer[index]) for buffer in buffers if buffer is not None]
 
     def _flush_rows(self, rows: torch.Tensor) -> None:
         number = torch.arange(self.num_mem_tokens, device=self.device)

@@ -10,6 +10,7 @@ import torch
 
 from .attachment_armt import find_decoder_layers
 from .cells_armt import CellGroup
+from .compilation_armt import is_passing
 from .native_armt import NativeCall, native_pass
 from .stacking_armt import CannotStack, kind, walk
 
@@ -183,6 +184,8 @@ def prepare(model: "ARMTPreTrainedModel", lanes: int) -> Prepared:
             groups = LayerGroups(model, calls, _kinds_of_calls(kinds, calls))
             groups.check(model, embeds, calls, last)
         except Exception as error:  # whatever an operation raises that cannot be batched
+            if is_passing(error):
+                raise
             reason = str(error).strip().split("\n")[0]
             if not isinstance(error, CannotStack):
                 reason = f"its layers cannot be run as one ({type(error).__name__}: {reason})"

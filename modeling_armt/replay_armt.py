@@ -6,6 +6,8 @@ from collections.abc import Callable
 import torch
 from transformers.utils import logging
 
+from .compilation_armt import is_passing
+
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +28,7 @@ class Replay:
 
     def __init__(self, function: Callable[[], None], captures: bool, pool=None):
         self.function, self.captures, self.pool = function, captures, pool
-        self.called, self.graph, self.seconds = False, None, 0.0
+        self.calls, self.capture_at, self.graph, self.seconds = 0, 1, None, 0.0
 
     def __call__(self) -> None:
         if self.graph is not None:
@@ -34,15 +36,15 @@ class Replay:
             return
         start = time.perf_counter()
         with torch.inference_mode(False), torch.no_grad():
-            if self.captures and self.called:
+            if self.captures and self.calls >= self.capture_at:
                 self._capture()
             if self.graph is None:
                 self.function()
             else:
                 self.graph.replay()
-        if self.captures or not self.called:
+        if self.captures or not self.calls:
             self.seconds += time.perf_counter() - start
-        self.called = True
+        self.calls += 1
 
     def _capture(self) -> None:
         try:
@@ -51,7 +53,10 @@ class Replay:
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.function()
         except Exception as error:
-            self.captures = False
-            logger.warning(f"a call cannot be captured as a CUDA graph ({error}); it runs without.")
+            if is_passing(error):
+                self.capture_at = 2 * self.calls + 1  # not every time: trying takes its time too
+            else:
+                self.captures = False
+                logger.warning(f"a call cannot be captured as a CUDA graph ({error}); it runs without.")
         else:
             self.graph = graph

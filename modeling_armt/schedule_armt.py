@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from transformers.utils import logging
 
+from .compilation_armt import is_passing
 from .groups_armt import Prepared, lanes_for, prepare
 from .segmentation_armt import Step, plan_pipeline, plan_steps
 from .stacking_armt import CannotStack
@@ -63,11 +64,14 @@ def choose_schedule(
                 if schedule is None and 2 * groups > layers:
                     raise CannotStack(f"its {layers} layers are of {groups} kinds, so that too few can be run as one")
                 return steps, prepared._replace(one_by_one=schedule == "sequential")
-            except CannotStack as error:
+            except Exception as error:
+                stays = isinstance(error, CannotStack)
+                if not stays and (schedule == "diagonal" or not is_passing(error)):
+                    raise
                 reason = f"{model.config.text_config.model_type} cannot be read in the diagonal schedule: {error}."
                 if schedule == "diagonal":
                     raise ValueError(f"{reason} Use schedule='sequential'.") from error
-                logger.warning_once(f"{reason} It is read segment by segment.")
+                (logger.warning_once if stays else logger.warning)(f"{reason} It is read segment by segment.")
     return list(plan_steps(counts, opened, *sizes, cached, model.max_columns)), None
 
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._dynamo.testing import CompileCounter
 
-from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt, decode_step_armt, replay_armt
+from modeling_armt import ARMTCache, ARMTForCausalLM, decode_armt, decode_probe_armt, decode_step_armt, replay_armt
 from modeling_armt.replay_armt import Replay
 from modeling_armt.static_keys_armt import blockwise_attention, slot_masks, static_attention
 
@@ -259,6 +259,20 @@ def test_a_token_read_ahead_is_a_token_read(slow, fast, rows: int):
     check_same_memory(cache, expected)
 
 
+@pytest.mark.parametrize("change", [False, True])
+def test_ids_of_inference_mode_are_looked_at_again(slow, fast, change: bool):
+    """They have no version that would tell of a change."""
+    cache, expected = read(fast, 5, 6), read(slow, 5, 6)
+    with torch.inference_mode():
+        first, ids = random_ids(2, 1).clone(), random_ids(2, 1, seed=1).clone()
+        decode(slow, expected, first), decode(fast, cache, first)
+        begin(fast, cache, ids)
+        if change:
+            ids[1] = (ids[1] + 1) % VOCABULARY
+        assert difference(decode(fast, cache, ids), decode(slow, expected, ids)) <= 1e-9
+    check_same_memory(cache, expected)
+
+
 CHANGES_OF_MIND = {
     "other tokens": lambda ids: random_ids(2, 1, seed=9),
     "a row that is padding": lambda ids: ids,
@@ -470,6 +484,77 @@ def test_nothing_keeps_the_weights_of_a_forgotten_model(slow):
     weakref.finalize(weight, freed.append, True)
     del weight, model
     assert freed
+
+
+# Steps that fail
+
+
+def no_room(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def break_the_head(model: ARMTForCausalLM, monkeypatch):
+    monkeypatch.setattr(decode_step_armt, "run_head", no_room)
+
+
+def break_a_write(model: ARMTForCausalLM, monkeypatch):
+    """The last layer's, after those of the others."""
+    monkeypatch.setattr(model.memory[max(model.memory)], "write", no_room)
+
+
+def break_a_layer(model: ARMTForCausalLM, monkeypatch):
+    monkeypatch.setattr(type(model.decoder.layers[-1].mlp), "forward", no_room)
+
+
+def break_the_answer(model: ARMTForCausalLM, monkeypatch):
+    """What is left to do when a segment is full."""
+    monkeypatch.setattr(ARMTCache, "count", no_room)
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["when asked", "read ahead"])
+@pytest.mark.parametrize("lengths", [(6, 6), (6, 2), (1, 2)], ids=["all rows are full", "one row is full", "none is"])
+@pytest.mark.parametrize("failure", [break_the_head, break_a_write, break_a_layer, break_the_answer])
+def test_a_step_that_fails_changes_nothing(failure, lengths: tuple[int, int], ahead: bool, slow, fast, monkeypatch):
+    expected, cache = read(slow, *lengths), read(fast, *lengths)
+    first, tokens = random_ids(2, 2).split(1, dim=1)
+    decode(slow, expected, first), decode(fast, cache, first)
+    if failure is break_a_write and max(lengths) < SEGMENT_SIZE - 2:
+        return  # nothing is written
+    with monkeypatch.context() as broken, pytest.raises(torch.OutOfMemoryError):
+        if ahead and failure in (break_a_write, break_the_answer):  # which come later
+            begin(fast, cache, tokens)
+        failure(fast, broken)
+        if ahead:
+            fast.fast.decode.begin(tokens, cache)
+        fast(tokens, cache=cache)
+    check_same_memory(cache.fork(), expected.fork())
+    assert difference(fast(tokens, cache=cache).logits, slow(tokens, cache=expected).logits) <= 1e-9
+    check_same_memory(cache, expected)
+
+
+def test_buffers_that_were_not_made_are_made_the_next_time(slow, fast, monkeypatch):
+    cache, other = read(fast, 5), read(fast, 5, 6)
+    decode(fast, cache, random_ids(1, 2))
+    before, ids = cache_contents(other), random_ids(2, 3)
+    with monkeypatch.context() as broken, pytest.raises(torch.OutOfMemoryError):
+        broken.setattr(decode_step_armt.LayerStatistics, "new", no_room)
+        fast(ids[:, :1], cache=other)
+    assert cache_contents(other).keys() == before.keys() and other.lent_to is None
+    expected = decode(slow, other.fork(), ids)
+    assert difference(decode(fast, other, ids), expected) <= 1e-9
+
+
+def test_no_room_to_prepare_is_no_reason_to_be_slow_for_ever(slow, fast, monkeypatch):
+    cache, ids = read(fast, 5), random_ids(1, 4)
+    expected = decode(slow, cache.fork(), ids)
+    with monkeypatch.context() as broken:
+        broken.setattr(decode_probe_armt, "DecodeStep", no_room)
+        assert difference(decode(fast, cache, ids[:, :1]), expected[:, :1]) <= 1e-9
+    assert difference(decode(fast, cache, ids[:, 1:]), expected[:, 1:]) <= 1e-9
+    assert not is_fast(cache, fast)  # not tried again for every token
+    another = read(fast, 5)
+    assert difference(decode(fast, another, ids), expected) <= 1e-9
+    assert is_fast(another, fast)
 
 
 # Models that change
@@ -736,6 +821,29 @@ def test_a_step_that_cannot_be_compiled_runs_as_it_is(slow, fast, monkeypatch):
     assert len(messages) == 1 and "no compiler" in messages[0]
 
 
+def test_no_room_to_compile_is_no_reason_to_be_slow_for_ever(slow, fast, monkeypatch):
+    calls, rooms = [], [False]
+
+    def compiled(function, **kwargs):
+        def run():
+            calls.append(rooms[0])
+            function()
+            if not rooms[0]:
+                no_room()
+
+        return run
+
+    monkeypatch.setattr(decode_armt, "COMPILES", True)
+    monkeypatch.setattr(torch, "compile", compiled)
+    ids = random_ids(1, 4)
+    for _ in range(2):
+        cache = read(fast, 5)
+        expected = decode(slow, cache.fork(), ids)
+        assert difference(decode(fast, cache, ids), expected) <= 1e-9
+        rooms[0] = True
+    assert calls == [False, True, True, True, True]  # tried again with the next conversation
+
+
 class FakeGraph:
     """Captures by remembering what was called, as a GPU does not: it does not run it."""
 
@@ -778,3 +886,24 @@ def test_a_function_that_cannot_be_captured_is_called(monkeypatch):
         replay()
     assert calls == ["called"] * 4
     assert len(messages) == 1 and "capturing" in messages[0]
+
+
+def test_a_capture_without_room_is_tried_again(monkeypatch):
+    calls, tried = [], []
+
+    @contextlib.contextmanager
+    def capture(graph, **kwargs):
+        tried.append(len(calls))
+        if len(tried) < 3:
+            no_room()
+        graph.functions.append(lambda: calls.append("replayed"))
+        yield
+        calls.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    replay = Replay(lambda: calls.append("called"), captures=True)
+    for _ in range(9):
+        replay()
+    assert tried == [1, 3, 7]  # less often each time
+    assert calls == ["called"] * 7 + ["replayed"] * 2

@@ -173,6 +173,23 @@ class TestRefusals:
         with torch.no_grad(), pytest.raises(ValueError, match=reason):
             model(random_ids(1, LENGTH), schedule="diagonal")
 
+    @torch.no_grad()
+    def test_memory_that_is_short_once_is_no_reason(self, monkeypatch):
+        model, ids = deep_model(), random_ids(1, LENGTH)
+
+        def no_room(*args):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        monkeypatch.setattr(schedule_module, "_pays", lambda model, segments: True)
+        with monkeypatch.context() as broken:
+            broken.setattr(groups_module.LayerGroups, "check", no_room)
+            with pytest.raises(torch.OutOfMemoryError):
+                model(ids, schedule="diagonal")
+            expected = model(ids).logits
+        assert not model.fast.diagonal
+        assert difference(model(ids).logits, expected) <= 1e-9
+        assert model.fast.diagonal
+
     def test_layers_that_share_a_weight(self):
         model = deep_model()
         model.decoder.layers[2].mlp.up_proj.weight = model.decoder.layers[1].mlp.up_proj.weight
