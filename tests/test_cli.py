@@ -111,7 +111,7 @@ class TestHelp:
         ("verb", "options"),
         [
             ("convert", ["--segment-size", "--num-mem-tokens", "--d-mem", "--variant", "--memory-layers", "--dtype"]),
-            ("convert", ["--no-correction"]),
+            ("convert", ["--no-correction", "--dry-run"]),
             ("import", ["--backbone", "--segment-size", "--variant", "--no-correction", "--no-denom", "--out"]),
             (
                 "generate",
@@ -161,6 +161,15 @@ class TestConvert:
         config = ARMTConfig.from_pretrained(tmp_path / "armt")
         assert (config.segment_size, config.num_mem_tokens, config.d_mem) == (24, 3, 5)
         assert (config.normalize_features, config.memory_layers) == (False, [1, 4])
+
+    @pytest.mark.parametrize("out", [[], ["--out", "armt"]])
+    def test_dry_run_writes_nothing_and_says_whether_it_fits(self, run, tmp_path, monkeypatch, out):
+        monkeypatch.chdir(tmp_path)
+        outcome = run("convert", "--dry-run", BACKBONE, *out, "--segment-size", 24, "--seed", 1)
+        assert outcome.code == 0
+        assert "1.9 million parameters in bfloat16" in outcome.out
+        assert "segment of 24 tokens" in outcome.out and outcome.out.rstrip().endswith("it fits")
+        assert list(tmp_path.iterdir()) == []
 
     def test_dtype_arrives(self, run, tmp_path):
         run("convert", BACKBONE, "--out", tmp_path / "armt", "--dtype", "float16")

@@ -7,9 +7,27 @@ from pathlib import Path
 HELP = "turn a pretrained decoder into an ARMT checkpoint"
 
 
+class _Instead(argparse.Action):
+    """A flag that does without another, required argument."""
+
+    def __init__(self, *args, of: argparse.Action, **kwargs):
+        super().__init__(*args, nargs=0, default=False, **kwargs)
+        self.other = of
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, True)
+        self.other.required = False
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("backbone", help="folder or Hub id of the decoder")
-    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    out = parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument(
+        "--dry-run",
+        action=_Instead,
+        of=out,
+        help="load and write nothing; say how large the model would be and whether it fits this machine",
+    )
     parser.add_argument("--segment-size", type=int, default=1024, help="tokens in a segment (default 1024)")
     parser.add_argument("--num-mem-tokens", type=int, default=16, help="memory tokens of a segment (default 16)")
     parser.add_argument("--d-mem", type=int, default=64, help="width of memory queries and keys (default 64)")
@@ -44,8 +62,14 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from ..convert import convert
+    from ..planning import plan
 
-    config = convert(**vars(args)).config
+    options = vars(args)
+    if options.pop("dry_run"):
+        del options["seed"]
+        print(plan(**options))
+        return
+    config = convert(**options).config
     Console(stderr=True, markup=False).print(
         f"{args.out} reads segments of {config.segment_size} tokens with {config.num_mem_tokens} memory "
         f"tokens; {len(config.memory_layer_indices)} layers have a memory. It passed every check against its "
