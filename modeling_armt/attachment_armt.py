@@ -217,10 +217,20 @@ def causal_table_size(decoder: nn.Module) -> int | None:
 def attach_memories(decoder: nn.Module, num_layers: int, memory_layers: Iterable[int]) -> None:
     """Puts the hooks on the layers of `decoder` that have a memory, and takes away those of an earlier call."""
     layers = find_decoder_layers(decoder, num_layers)
-    for layer in layers:
-        for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+    for part in layers.modules():  # a layer that somebody has wrapped meanwhile still has them
+        for hooks in (part._forward_pre_hooks, part._forward_hooks):
             for handle in [key for key, hook in hooks.items() if getattr(hook, "func", None) in MEMORY_HOOKS]:
                 del hooks[handle]
     for index in memory_layers:
         layers[index].register_forward_pre_hook(functools.partial(_read_before, index), with_kwargs=True)
         layers[index].register_forward_hook(functools.partial(_write_after, index))
+
+
+def are_attached(decoder: nn.Module, num_layers: int, memory_layers: Iterable[int]) -> bool:
+    """
+    Whether the hooks are on the layers as the decoder has them now. FSDP's plugins wrap layers for activation
+    checkpointing, after which hooks on what is inside would run again in the backward pass, when there is no pass.
+    """
+    layers = find_decoder_layers(decoder, num_layers)
+    hooks = [layers[index]._forward_hooks.values() for index in memory_layers]
+    return all(any(getattr(hook, "func", None) is _write_after for hook in of_layer) for of_layer in hooks)

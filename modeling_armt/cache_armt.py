@@ -124,9 +124,10 @@ class ARMTCache(Cache):
     def fork(self) -> "ARMTCache":
         """
         A new conversation on the same memory: it goes on from the same state, and `generate` takes only the ids that
-        come from here on. Neither side sees what the other reads. Costs no memory.
+        come from here on. Neither side sees what the other reads. Costs no memory (where gradients are on, a copy of
+        what was read in inference mode, since such tensors take part in no training).
         """
-        return self._with(self._map(lambda tensor: tensor)._replace(columns=0))
+        return self._with(self._map(_trainable)._replace(columns=0))
 
     def stats(self) -> dict[int, dict[str, list[float | None] | None]]:
         """
@@ -245,6 +246,10 @@ class ARMTCache(Cache):
             keys=None if contents.keys is None else contents.keys.map(function),
             last_hidden=None if contents.last_hidden is None else function(contents.last_hidden),
         )
+
+
+def _trainable(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.clone() if torch.is_grad_enabled() and tensor.is_inference() else tensor
 
 
 def _part(name: str, lent: bool) -> property:

@@ -21,7 +21,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .attachment_armt import attach_memories, attach_positions, causal_table_size, find_decoder, find_decoder_layers
+from .attachment_armt import (
+    are_attached,
+    attach_memories,
+    attach_positions,
+    causal_table_size,
+    find_decoder,
+    find_decoder_layers,
+)
 from .cache_armt import ARMTCache
 from .compatibility_armt import CACHE, ARMTCausalLMOutput, ARMTModelOutput, one_cache
 from .compilation_armt import FastPaths
@@ -300,6 +307,9 @@ class ARMTPreTrainedModel(PreTrainedModel):
         """
         source, tokens = check_input(self, input_ids, inputs_embeds, attention_mask, cache, whole)
         check_training(self, bptt_segments)
+        where = self.decoder, self.config.text_config.num_hidden_layers, self.config.memory_layer_indices
+        if self.training and not are_attached(*where):
+            attach_memories(*where)
         opened = [0] * tokens.batch_size
         if cache is not None and cache.opened:
             opened = cache.opened * (tokens.batch_size // cache.batch_size)

@@ -138,6 +138,8 @@ def kind(module: nn.Module) -> tuple:
     for name, part in walk(module):
         if "_hf_hook" in vars(part):
             raise CannotStack("its layers are driven by the device hooks of accelerate")
+        if "_checkpoint_wrapped_module" in part._modules:  # they would be run again one by one
+            raise CannotStack("its layers are wrapped for activation checkpointing")
         for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values()):
             hook = getattr(hook, "func", hook)
             if hook not in MEMORY_HOOKS and not str(getattr(hook, "__module__", "")).startswith("transformers."):

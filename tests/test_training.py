@@ -13,6 +13,7 @@ import torch
 from families import FAMILIES, SEGMENT_SIZE, VOCABULARY, add_memory, random_ids, tiny_backbone, tiny_model
 from helpers import CHECKPOINTING, cache_contents, difference, enable_checkpointing, pad_left, pad_right, same
 from peft import get_peft_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -295,6 +296,21 @@ def test_checkpoints_change_nothing_with_a_cache(model):
     assert same(cache_contents(caches[1]), cache_contents(caches[0]))
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["read", "loaded"])
+def test_training_goes_on_from_a_memory_of_inference_mode(loaded: bool, model, tmp_path):
+    text, ids = random_ids(2, SEGMENT_SIZE + 3), random_ids(2, LENGTH, seed=1)
+    with torch.no_grad():
+        memory = model(text, use_cache=True).cache
+    expected = loss_and_gradients(model, ids, cache=memory.fork())
+    with torch.inference_mode():
+        memory = model(text, use_cache=True).cache
+        if loaded:
+            model.save_memory(memory, tmp_path / "memory.safetensors")
+            memory = model.load_memory(tmp_path / "memory.safetensors")
+    assert memory.states[0].A.is_inference()
+    assert_identical(loss_and_gradients(model, ids, cache=memory), expected)
+
+
 def test_checkpoints_train_a_memory_on_a_frozen_backbone(model):
     model.model.requires_grad_(False)
     ids = random_ids(2, LENGTH)
@@ -307,6 +323,19 @@ def test_checkpoints_can_be_switched_off(model):
     enable_checkpointing(model)
     getattr(model, f"{CHECKPOINTING}_disable")()
     assert size_kept_for_backward(model, LENGTH) > hidden_size_of(model, 50 * SEGMENT_SIZE)
+
+
+@every_way
+def test_layers_that_fsdp_wraps_for_checkpointing_have_the_same_gradients(return_logits: bool, model):
+    ids = random_ids(2, LENGTH)
+    expected = loss_and_gradients(model, ids, return_logits=return_logits)
+    for index, layer in enumerate(model.decoder.layers):
+        model.decoder.layers[index] = checkpoint_wrapper(layer)
+    loss, gradients = loss_and_gradients(model, ids, return_logits=return_logits)
+    plain = {name.replace("_checkpoint_wrapped_module.", ""): gradient for name, gradient in gradients.items()}
+    assert_identical((loss, plain), expected)
+    with pytest.raises(ValueError, match="wrapped for activation checkpointing"):
+        model(ids, schedule="diagonal")
 
 
 def test_reentrant_checkpoints_are_refused(model):
