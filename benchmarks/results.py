@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -12,8 +13,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-
-from modeling_armt.conversion.files import write_whole
 
 from .models import SHAPES
 
@@ -80,7 +79,9 @@ class Results:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self.path, json.dumps(self.content, indent=1) + "\n")
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
 
     def print_table(self, *columns: str) -> None:
         """A table of the given fields of all rows."""

@@ -1,6 +1,5 @@
 """Files and folders that are the old or the new one at any time."""
 
-import fcntl
 import glob
 import os
 import secrets
@@ -8,6 +7,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing tells what a killed run left from what a living one needs
+    fcntl = None
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -24,7 +29,7 @@ def staged(path: Path, folder: bool = False) -> Iterator[Path]:
     end it is removed, and so is, at the beginning, what killed runs left beside the same path.
     """
     prefix = f".{path.name}.armt-"
-    for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+    for left in path.parent.glob(f"{glob.escape(prefix)}*") if fcntl else ():
         with suppress(OSError), locked(left, fcntl.LOCK_NB):  # a run that lives holds its lock
             remove(left)
     temporary = path.with_name(prefix + secrets.token_hex(4))
@@ -39,6 +44,9 @@ def staged(path: Path, folder: bool = False) -> Iterator[Path]:
 @contextmanager
 def locked(path: Path, how: int = 0) -> Iterator[None]:
     """Holds the lock of a file or folder, which ends with the process. Raises OSError if it cannot be had."""
+    if fcntl is None:
+        yield
+        return
     lock = os.open(path, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | how)

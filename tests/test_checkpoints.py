@@ -117,7 +117,7 @@ class TestRefuses:
         config = json.loads((folder / "adapter_config.json").read_text())
         config["base_model_name_or_path"] = "/gone/base"
         (folder / "adapter_config.json").write_text(json.dumps(config))
-        assert "/gone/base, the base of the adapter" in self.refused(folder, OSError)
+        assert f"there is no base of the adapter {folder}, /gone/base" in self.refused(folder, OSError)
 
     def test_an_adapter_beside_a_model(self, full, adapter, tmp_path):
         folder = tmp_path / "both"
