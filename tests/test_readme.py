@@ -17,7 +17,7 @@ from modeling_armt.conversion.cli import build_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.M | re.S)
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README.replace("\\\n", " "), flags=re.M | re.S)
 # Where a block says that it needs one of the extras.
 EXTRAS = {"openai": "openai", "armt serve": "fastapi", "trl": "trl", "torchao": "torchao", "matplotlib": "matplotlib"}
 # What a fast test does not wait for. Of an option that is there twice the last one counts.
