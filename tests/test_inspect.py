@@ -322,9 +322,10 @@ def text(tmp_path) -> Path:
 def test_a_text_within_one_segment_shows_nothing(checkpoint, tmp_path, capsys):
     path, page = tmp_path / "short.txt", tmp_path / "page.html"
     path.write_text("Too short.", encoding="utf-8")
-    page.write_text("an earlier page", encoding="utf-8")
+    earlier = '<script type="application/json" id="numbers">{}</script>'
+    page.write_text(earlier, encoding="utf-8")
     assert "segments of 16 tokens" in refused(capsys, checkpoint, "--text", path, "--out", page)
-    assert page.read_text(encoding="utf-8") == "an earlier page"
+    assert page.read_text(encoding="utf-8") == earlier
     assert sorted(each.name for each in tmp_path.iterdir()) == ["page.html", "short.txt"]
 
 

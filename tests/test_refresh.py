@@ -12,6 +12,7 @@ from local_hub import LocalHub, connected
 from peft import LoraConfig
 
 from modeling_armt import version_armt
+from modeling_armt.configuration_armt import ARMT_VERSION
 from modeling_armt.conversion.cli import main
 from modeling_armt.conversion.publishing import releases
 from modeling_armt.version_armt import code_version
@@ -127,8 +128,8 @@ class TestFolder:
 
     def test_newer_format(self, fresh, refused):
         config = json.loads((fresh / "config.json").read_text())
-        (fresh / "config.json").write_text(json.dumps(config | {"armt_version": 2}))
-        assert "armt_version 2" in refused(fresh)
+        (fresh / "config.json").write_text(json.dumps(config | {"armt_version": ARMT_VERSION + 1}))
+        assert f"armt_version {ARMT_VERSION + 1}" in refused(fresh)
 
     def test_current_folder(self, old, refused, monkeypatch):
         monkeypatch.chdir(old)
