@@ -30,9 +30,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, set_seed
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modeling_armt import ARMTForCausalLM
+from modeling_armt.compatibility_armt import CACHE, ARMTCausalLMOutput
 from modeling_armt.conversion.adapters import lora_config
 from modeling_armt.conversion.checkpoints import check_checkpoint
 from modeling_armt.conversion.circumstances import circumstances
@@ -114,7 +114,7 @@ class CarriedForCausalLM(ARMTForCausalLM):
         num_items_in_batch: torch.Tensor | int | None = None,
         goes_on: bool = False,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> ARMTCausalLMOutput:
         """
         Arguments and result are those of [`ARMTForCausalLM.forward`] as far as training needs them; `goes_on` says
         that the last segment is not the text's, and shall be carried on.
@@ -135,13 +135,13 @@ class CarriedForCausalLM(ARMTForCausalLM):
         past, head = Carried(carried), self.get_output_embeddings()
         if labels is None:
             kept = torch.cat(hidden, dim=1)[:, -logits_to_keep:] if logits_to_keep else torch.cat(hidden, dim=1)
-            return CausalLMOutputWithPast(logits=head(kept), cache=past)
+            return ARMTCausalLMOutput(logits=head(kept), **{CACHE: past})
         targets = labels[:, 1:]
         there = targets != -100
         logits = head(torch.cat(hidden, dim=1)[:, :-1][there]).float()
         loss = nn.functional.cross_entropy(logits, targets[there], reduction="sum")
         count = there.sum() if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=loss / count, cache=past)
+        return ARMTCausalLMOutput(loss=loss / count, **{CACHE: past})
 
     @torch.no_grad()
     def read(self, tokens: torch.Tensor) -> SimpleNamespace:
@@ -231,7 +231,7 @@ def answers(model: PeftModel, batch: dict[str, torch.Tensor]) -> list[float]:
     carried = model.get_base_model().read(batch["input_ids"][:, :border]).cache
     rest = {name: tensor[:, border:] for name, tensor in batch.items()}
 
-    def go_on(**inputs: Any) -> CausalLMOutputWithPast:
+    def go_on(**inputs: Any) -> ARMTCausalLMOutput:
         return model(**inputs, cache=carried)
 
     return exact_matches(go_on, rest)[0].tolist()

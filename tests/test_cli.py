@@ -49,8 +49,8 @@ class Outcome:
     def __init__(self, capsys, *arguments: str | Path):
         self.code = main([str(argument) for argument in arguments])
         self.out, self.err = capsys.readouterr()
-        # A progress bar returns to the start of its line when it is done.
-        self.last_line = self.err.rstrip("\n").replace("\r", "\n").rpartition("\n")[2].strip()
+        # A progress bar returns to the start of its line when it is done, and to that of one above it, if any.
+        self.last_line = self.err.rstrip("\n").replace("\r", "\n").rpartition("\n")[2].strip().removeprefix("\x1b[A")
 
     def report(self) -> dict[str, int | None]:
         """The numbers of the closing line."""
